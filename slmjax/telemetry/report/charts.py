@@ -19,6 +19,8 @@ COLUMNS = 120  # most columns of a heat map
 # held-out text.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 DARK_COLOURS = ("#56B4E9", "#E69F00", "#2BC79A", "#E7A3C6", "#F0E442", "#4C9BD6", "#A6A6A6")
+DASHES = ([1, 0], [6, 3], [2, 2])  # of lines, one after another where colours are used again
+LEGEND_WIDTH = 90  # characters that fit in a row of an image's legend
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 Record = Mapping[str, Any]
@@ -33,6 +35,8 @@ class Chart:
     title: str
     subtitle: str
     spec: Spec
+    # names of its lines, in the order of their colours, for a legend; pages draw it as text, which wraps
+    labels: tuple[str, ...] = ()
 
 
 def theme(*, dark: bool) -> Spec:
@@ -88,9 +92,9 @@ def run_charts(run: RunRecords) -> list[Chart]:
 
 def _loss_charts(run: RunRecords) -> list[Chart | None]:
     series = {"training": run.train, "held out": run.on_the_way}
-    # The last evaluation, on all held-out text, does not continue the curve of those on a part of it.
+    # Evaluations on all held-out text do not continue the curve of those on a part of it.
     if len(run.on_the_way) < len(run.evals):
-        series["all held out"] = run.evals[-1:]
+        series["all held out"] = [record for record in run.evals if record.get("complete")]
     marked = tuple(series)[1:]
     return [
         lines("loss", "Loss", "nats per token", series, "loss", marked=marked),
@@ -164,7 +168,9 @@ def _expert_charts(run: RunRecords) -> list[Chart | None]:
 
 
 def _relative_loads(loads: Any) -> dict[str, float]:
-    return {str(expert): load * len(loads) for expert, load in enumerate(loads or ())}
+    loads = loads if isinstance(loads, list) else []
+    fractions = {str(expert): number(load) for expert, load in enumerate(loads)}
+    return {expert: load * len(loads) for expert, load in fractions.items() if load is not None}
 
 
 # Kinds of charts --------------------------------------------------------------------------------------------
@@ -200,11 +206,9 @@ def lines(
     # A run whose experts never dropped a token needs no chart of zeros.
     if not rows or (field == "dropped" and not any(row["value"] for row in rows)):
         return None
-    labels = [label for label in series if any(row["series"] == label for row in rows)]
-    colour: Spec = {"field": "series", "type": "nominal", "sort": labels, "scale": {"domain": labels}}
+    labels = tuple(label for label in series if any(row["series"] == label for row in rows))
     # A single line needs no legend.
-    if len(labels) == 1:
-        colour["legend"] = None
+    by_series = _by_series(labels, has_legend=len(labels) > 1)
     y: Spec = {
         "field": "value",
         "type": "quantitative",
@@ -222,8 +226,14 @@ def lines(
         {"field": "step", "format": ","},
         {"field": "value", "format": digits if digits.endswith("%") else ".5~g", "title": title.lower()},
     ]
-    encoding = {"x": _steps(), "y": y, "color": colour, "tooltip": tooltip}
+    encoding = {"x": _steps(), "y": y, "color": by_series, "tooltip": tooltip}
     layers: list[Spec] = [{"mark": {"type": "line", "clip": True}}]
+    # Colours are used again where there are more series than colours, with other dashes.
+    if len(labels) > len(COLOURS):
+        dashes = [DASHES[index // len(COLOURS) % len(DASHES)] for index in range(len(labels))]
+        layers[0]["encoding"] = {
+            "strokeDash": {**by_series, "scale": {"domain": list(labels), "range": dashes}}
+        }
     if any(row["marked"] for row in rows):
         layers.append(
             {"mark": {"type": "point", "filled": True, "size": 30}, "transform": [{"filter": "datum.marked"}]}
@@ -231,8 +241,21 @@ def lines(
     # Invisible points, which show their tooltip.
     layers.append({"mark": {"type": "point", "size": 120, "opacity": 0}})
     return Chart(
-        name=name, title=title, subtitle=subtitle, spec=_spec(rows, {"encoding": encoding, "layer": layers})
+        name=name,
+        title=title,
+        subtitle=subtitle,
+        spec=_spec(rows, {"encoding": encoding, "layer": layers}),
+        labels=labels if len(labels) > 1 else (),
     )
+
+
+def _by_series(labels: Sequence[str], *, has_legend: bool) -> Spec:
+    """Return the encoding of a colour for each series; the legend is that of images alone."""
+    colour: Spec = {"field": "series", "type": "nominal", "sort": list(labels), "scale": {"domain": list(labels)}}
+    # Rows of a legend do not wrap by themselves.
+    width = max(map(len, labels)) + 5
+    colour["legend"] = {"columns": max(LEGEND_WIDTH // width, 1)} if has_legend else None
+    return colour
 
 
 def heat(
@@ -314,7 +337,7 @@ def points(
     ]
     for row, label_y in zip(rows, _labels_apart(shown), strict=True):
         row["label_y"] = label_y
-    labels = list(dict.fromkeys(point.series for point in shown))
+    labels = tuple(dict.fromkeys(point.series for point in shown))
     # Axes of differences need not start at zero.
     quantitative: Spec = {"type": "quantitative", "scale": {"zero": False, "nice": True}}
     x = {
@@ -329,10 +352,9 @@ def points(
         {"field": "x", "format": ",.4~s", "title": x_title},
         {"field": "y", "format": ".5~g", "title": y_title},
     ]
-    colour = {"field": "series", "type": "nominal", "sort": labels, "scale": {"domain": labels}}
     encoding = {
         "x": {**x, "axis": {"format": "~s", "grid": False, "tickCount": 6}},
-        "color": colour,
+        "color": _by_series(labels, has_legend=True),
         "tooltip": tooltip,
     }
     layers: list[Spec] = [
@@ -347,7 +369,7 @@ def points(
         },
     ]
     spec = {**_spec(rows, {"encoding": encoding, "layer": layers}), "height": 340}
-    return Chart(name=name, title=title, subtitle=subtitle, spec=spec)
+    return Chart(name=name, title=title, subtitle=subtitle, spec=spec, labels=labels)
 
 
 def _labels_apart(shown: Sequence[Point]) -> list[float]:

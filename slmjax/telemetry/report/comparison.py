@@ -1,34 +1,42 @@
 """A page that compares runs: curves in the same charts, results in one table, and settings that differ."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slmjax.telemetry.report.charts import lines
-from slmjax.telemetry.report.page import chart_grid, document, heading, shown, table
+from slmjax.telemetry.report.charts import Chart, lines
+from slmjax.telemetry.report.page import chart_grid, document, folded, heading, shown, table, write_page
 from slmjax.telemetry.report.reading import RunRecords, number, read_run
+from slmjax.telemetry.report.settings import architecture, flat, is_of_stack
+from slmjax.telemetry.report.short_names import short_names
 
-# In the order of the table. A metric that no run has is left out.
-METRICS = (
-    "status",
-    "step",
-    "measured_on",
-    "loss",
-    "bits_per_byte",
-    "lost_text",
-    "perplexity",
-    "best_loss",
-    "parameters",
-    "run_tokens",
-    "run_seconds",
-    "session_tokens",
-    "session_seconds",
-    "session_tokens_per_second",
-    "skipped",
-    "commit",
-    "held_out_text",
-)
+# In the order of the table, with their names there. A metric that no run has is left out.
+METRICS = {
+    "status": "status",
+    "step": "step",
+    "sessions": "sessions",
+    "measured_on": "measured on",
+    "loss": "loss",
+    "bits_per_byte": "bits per byte",
+    "lost_text": "lost text",
+    "perplexity": "perplexity",
+    "best_measured_on": "best step selected on",
+    "best_step": "best step",
+    "best_loss": "its loss there",
+    "part_loss": "loss of the last step there",
+    "parameters": "parameters",
+    "run_tokens": "tokens, all sessions",
+    "run_seconds": "seconds, all sessions",
+    "session_tokens": "tokens, last session",
+    "session_seconds": "seconds, last session",
+    "session_tokens_per_second": "tokens per second, last session",
+    "skipped": "skipped steps, all sessions",
+    "commit": "commit",
+    "held_out_text": "held-out text",
+}
 ABSENT = "—"
+MOST_SETTINGS = 20  # rows of settings that are shown at once
 
 
 def write_comparison(paths: Sequence[str | Path], output: str | Path) -> Path:
@@ -37,9 +45,29 @@ def write_comparison(paths: Sequence[str | Path], output: str | Path) -> Path:
     Raises:
       ValueError: fewer than two runs, a run given twice, a path that is not a run, or the `plot` extra is not
         installed.
+      DamagedFile: a file of a run is damaged.
     """
     runs = read_runs(paths)
-    labels = short_names(runs)
+    labels = short_names([run.path for run in runs])
+    drawn = _charts(runs, labels)
+    differences = shown_differences(runs)
+    settings = '<p class="soft">The settings are the same.</p>'
+    if differences.rows:
+        settings = table(differences.rows, head=("", *labels))
+    if differences.further:
+        further = table(differences.further, head=("", *labels))
+        settings += folded(f"{len(differences.further)} more settings that differ", further)
+    # The names of many runs would not fit a title.
+    title = " and ".join(labels) if len(labels) == 2 else f"{len(labels)} runs"
+    names = table([(label, run.path) for label, run in zip(labels, runs, strict=True)])
+    body = heading(f"Comparison of {title}", "") + (
+        f"{names}<h2>Results</h2>{table(shown_results(runs), head=('', *labels))}"
+        f"<h2>Curves</h2>{chart_grid(drawn)}<h2>Settings that differ</h2>{settings}"
+    )
+    return write_page(Path(output), document(title=f"Comparison of {title}", body=body, charts=drawn))
+
+
+def _charts(runs: Sequence[RunRecords], labels: Sequence[str]) -> list[Chart]:
     train = {label: run.train for label, run in zip(labels, runs, strict=True)}
     evals = {label: run.on_the_way for label, run in zip(labels, runs, strict=True)}
     # Bits per byte are comparable across tokenizers only if no text is lost.
@@ -49,33 +77,25 @@ def write_comparison(paths: Sequence[str | Path], output: str | Path) -> Path:
         if losing
         else "comparable across tokenizers"
     )
-    bits = f"of UTF-8 text: {comparable}"
+    other_text = "" if len(set(map(_evaluated_text, runs))) <= 1 else "; of different held-out text"
+    bits = f"of UTF-8 text: {comparable}{other_text}"
+    nats = "nats per token"
     charts = [
-        lines("held-out-loss", "Held-out loss", "nats per token", evals, "loss", marked=labels),
+        lines("held-out-loss", "Held-out loss", nats + other_text, evals, "loss", marked=labels),
         lines("held-out-bits", "Held-out bits per byte", bits, evals, "bits_per_byte", marked=labels),
-        lines("training-loss", "Training loss", "nats per token", train, "loss"),
+        lines("training-loss", "Training loss", nats, train, "loss"),
         lines("gradient-norm", "Gradient norm", "logarithmic", train, "grad_norm", log=True),
         lines("learning-rate", "Learning rate", "", train, "learning_rate", digits=".2~e"),
         lines("throughput", "Throughput", "tokens per second", train, "tokens_per_second", digits="~s"),
         lines("utilisation", "Model FLOPs utilisation", "of the device's peak", train, "mfu", digits=".0%"),
     ]
-    drawn = [chart for chart in charts if chart is not None]
-    metrics = table(shown_results(runs), head=("", *labels))
-    differences = shown_differences(runs)
-    settings = (
-        table(differences, head=("", *labels))
-        if differences
-        else '<p class="soft">The settings are the same.</p>'
-    )
-    # The names of many runs would not fit a title.
-    title = " and ".join(labels) if len(labels) == 2 else f"{len(labels)} runs"
-    body = heading(f"Comparison of {title}", " · ".join(str(run.path) for run in runs)) + (
-        f"<h2>Results</h2>{metrics}<h2>Curves</h2>{chart_grid(drawn)}<h2>Settings that differ</h2>{settings}"
-    )
-    target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(document(title=f"Comparison of {title}", body=body, charts=drawn), encoding="utf-8")
-    return target
+    return [chart for chart in charts if chart is not None]
+
+
+def _evaluated_text(run: RunRecords) -> tuple[Any, ...]:
+    """Return what identifies the text of a run's evaluations on the way."""
+    documents = sorted({record.get("documents") or 0 for record in run.on_the_way})
+    return _held_out_text(run), *documents
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[RunRecords]:
@@ -92,13 +112,6 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunRecords]:
     return [read_run(path) for path in paths]
 
 
-def short_names(runs: Sequence[RunRecords]) -> list[str]:
-    """Return the names of the directories, or their paths if names are equal."""
-    names = [run.name for run in runs]
-    # Runs of different directories may have equal names.
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
-
-
 Row = tuple[Any, ...]
 
 
@@ -111,6 +124,10 @@ def results(runs: Sequence[RunRecords]) -> list[Row]:
 def _metric(run: RunRecords, name: str) -> Any:
     if name == "status":
         return run.status
+    if name == "sessions":
+        return len(run.sessions) if len(run.sessions) > 1 else None
+    if name == "measured_on":
+        return run.measured_on
     if name == "held_out_text":
         return _held_out_text(run)
     # From the last evaluation, since a run in progress has no result yet.
@@ -135,35 +152,83 @@ def _held_out_text(run: RunRecords) -> str | None:
 
 
 def config_differences(runs: Sequence[RunRecords]) -> list[Row]:
-    """Return a row for each setting that differs: its path, and the value of each run, None if absent."""
-    flat = [dict(_flat("", run.config)) for run in runs]
-    paths = dict.fromkeys(path for settings in flat for path in settings)
-    rows = ((path, *(settings.get(path) for settings in flat)) for path in paths)
+    """Return a row for each setting that differs, between runs or between steps of a run.
+
+    A row has the path of the setting, and the value of each run: None if it is absent, and a `History` if
+    steps of the run had different values.
+    """
+    flattened = [settings_of(run) for run in runs]
+    paths = dict.fromkeys(path for settings in flattened for path in settings)
+    rows = ((path, *(settings.get(path) for settings in flattened)) for path in paths)
     # Compared by repr, since NaN differs from itself and 1 equals True.
-    return [row for row in rows if any(repr(value) != repr(row[1]) for value in row[2:])]
+    return [
+        row
+        for row in rows
+        if any(isinstance(value, History) or repr(value) != repr(row[1]) for value in row[1:])
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """The values of a setting that a resumed session changed: the first step with each, and the value."""
+
+    values: tuple[tuple[int, Any], ...]
+
+    def text(self) -> str:
+        """Return the values in words."""
+        first, *others = self.values
+        later = "".join(f", from step {step:,} {_setting(value)}" for step, value in others)
+        return f"{_setting(first[1])}{later}"
+
+
+def settings_of(run: RunRecords) -> dict[str, Any]:
+    """Return the settings of a run by their path; a `History` for each that a session changed."""
+    histories = {path: History(tuple(values)) for path, values in run.changed_settings().items()}
+    return {**flat(run.config), **histories}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Differences:
+    """Settings that differ, as text."""
+
+    rows: list[tuple[str, ...]]  # what is shown first
+    further: list[tuple[str, ...]]  # the others
 
 
 def shown_results(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
     """Return `results` as text."""
     short = {"commit": lambda value: str(value)[:12]}
     return [
-        (name.replace("_", " "), *(ABSENT if v is None else short.get(name, shown)(v) for v in values))
+        (METRICS[name], *(ABSENT if v is None else short.get(name, shown)(v) for v in values))
         for name, *values in results(runs)
     ]
 
 
-def shown_differences(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
-    """Return `config_differences` as text, with all digits: values that differ must look different."""
-    return [
-        (path, *(repr(v) if isinstance(v, float) else shown(v) for v in values))
-        for path, *values in config_differences(runs)
-    ]
+def shown_differences(runs: Sequence[RunRecords], *, most: int | None = MOST_SETTINGS) -> Differences:
+    """Return `config_differences` as text, with all digits: values that differ must look different.
+
+    Where the stacks of layers differ in structure, a row that describes each stands for their settings, which
+    follow after the others. Of the rest, `most` rows are shown first; None shows all.
+    """
+    differences = config_differences(runs)
+    inner = [row for row in differences if is_of_stack(row[0])]
+    stacks = [architecture(run.config) for run in runs]
+    summary: list[tuple[str, ...]] = []
+    # Settings of layers compare one by one where each has its counterpart.
+    if len(set(stacks)) > 1:
+        summary = [("model.stack", *stacks)]
+        differences = [row for row in differences if not is_of_stack(row[0])]
+    else:
+        inner = []
+    rows = [*summary, *((path, *map(_setting, values)) for path, *values in differences)]
+    rest = [(path, *map(_setting, values)) for path, *values in inner]
+    shown_first = len(rows) if most is None else most
+    if most is None:
+        return Differences(rows=[*rows, *rest], further=[])
+    return Differences(rows=rows[:shown_first], further=[*rows[shown_first:], *rest])
 
 
-def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
-    items = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    )
-    if items is None:
-        return [(prefix, value)]
-    return [pair for key, item in items for pair in _flat(f"{prefix}.{key}" if prefix else str(key), item)]
+def _setting(value: Any) -> str:
+    if isinstance(value, History):
+        return value.text()
+    return repr(value) if isinstance(value, float) else shown(value)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from slmjax.atomic_files import atomic_file, write_text
 from slmjax.telemetry.progress import format_seconds
 from slmjax.telemetry.report import charts as chart_module
 from slmjax.telemetry.report.charts import Chart, run_charts, theme
@@ -34,17 +35,29 @@ button:hover { color: var(--ink); }
 .metric span { color: var(--soft); font-size: 13px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 14px; }
 .chart { padding: 14px 16px 8px; min-width: 0; } .chart h3 { margin: 0; font-size: 14px; } .chart p { margin: 0 0 6px; color: var(--soft); font-size: 12.5px; min-height: 1.5em; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12.5px; margin: 0 0 6px; overflow-wrap: anywhere; } .chart .legend { color: var(--ink); }
+.legend i { display: inline-block; width: 18px; border-top: 3px solid var(--c); margin-right: 6px; vertical-align: 4px; } .legend .d1 { border-top-style: dashed; } .legend .d2 { border-top-style: dotted; }
 .canvas { width: 100%; } .canvas .vega-embed { width: 100%; padding: 0; }
 .box { padding: 4px 16px; overflow-x: auto; } .box + .box { margin-top: 12px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; } td, th { text-align: left; padding: 6px 18px 6px 0; border-top: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; }
-th, td:nth-child(n+3) { overflow-wrap: normal; } tr:has(> :nth-child(4)) > td.name { width: auto; }
 tr:first-child > * { border-top: 0; } th { font-weight: 500; color: var(--soft); } td.name { color: var(--soft); width: 38%; }
+.columns td, .columns th { overflow-wrap: normal; } .columns div { white-space: pre-line; } .columns td > div, .columns th > div { min-width: 9ch; max-width: 34ch; width: max-content; overflow-wrap: anywhere; } .columns td.name { width: auto; } .columns td:last-child, .columns th:last-child { padding-right: 0; }
 pre { background: var(--code); border-radius: 8px; padding: 12px 14px; margin: 8px 0 14px; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre mark { background: none; color: var(--accent); font-weight: 600; }
 summary { cursor: pointer; padding: 8px 0; } details details { margin-left: 16px; }
-@media (max-width: 560px) { main { padding: 18px 12px 40px; } .metric b { font-size: 19px; } header { flex-direction: column-reverse; } td { padding-right: 10px; } }
+@media (max-width: 560px) { main { padding: 18px 12px 40px; } .metric b { font-size: 19px; } header { flex-direction: column-reverse; } td { padding-right: 10px; }
+  .columns tr { display: block; border-top: 1px solid var(--rule); padding: 6px 0; } .columns tr.head { display: none; } .columns td, .columns td.name { display: flex; gap: 10px; width: auto; border: 0; padding: 1px 0; }
+  .columns td:not(.name)::before { content: attr(data-of); color: var(--soft); flex: 0 0 34%; overflow-wrap: anywhere; } .columns td > div { min-width: 0; max-width: none; width: auto; flex: 1; } .columns td.name { font-weight: 500; } }
 @media print { button { display: none; } .chart { break-inside: avoid; } }
 """.replace("FONT", chart_module.FONT)  # noqa: E501  # a style sheet
+
+
+def _colours(selector: str, colours: Sequence[str]) -> str:
+    return f"{selector} {{ {' '.join(f'--c{index}: {colour};' for index, colour in enumerate(colours))} }}\n"
+
+
+STYLE += _colours(":root", chart_module.COLOURS)
+STYLE += _colours(":root[data-theme=dark]", chart_module.DARK_COLOURS)
 
 # Charts are drawn again for each theme, since Vega writes colours into the SVG.
 SCRIPT = """
@@ -79,20 +92,44 @@ def write_report(path: str | Path, *, output: str | Path | None = None, with_ima
       with_images: also write the charts as PNG.
 
     Raises:
-      ValueError: the path is not a run directory, or the `plot` extra is not installed.
+      ValueError: the path is not a run directory, the `plot` extra is not installed, or a file cannot be
+        written.
+      DamagedFile: a file of the run is damaged.
     """
     run = read_run(path)
     charts = run_charts(run)
     target = Path(output) if output is not None else run.path / "report.html"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(document(title=run.name, body=_body(run, charts), charts=charts), encoding="utf-8")
+    write_page(target, document(title=run.name, body=_body(run, charts), charts=charts))
     # Images are for documents that cannot embed a page.
     if with_images:
-        plots = run.path / "plots"
-        plots.mkdir(exist_ok=True)
         for chart in charts:
-            (plots / f"{chart.name}.png").write_bytes(chart_module.png(chart))
+            _write_image(run.path / "plots" / f"{chart.name}.png", chart)
     return target
+
+
+def write_page(target: Path, text: str) -> Path:
+    """Write a page atomically, and return its path.
+
+    Raises:
+      ValueError: it cannot be written.
+    """
+    try:
+        return write_text(target, text)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{target} cannot be written ({reason}): name another file with --output") from error
+
+
+def _write_image(target: Path, chart: Chart) -> None:
+    image = chart_module.png(chart)
+    try:
+        with atomic_file(target) as temporary:
+            temporary.write_bytes(image)
+    except OSError as error:
+        raise ValueError(
+            f"the page is written, but {target} cannot be ({error.strerror or error}): leave out the images "
+            "with --no-images"
+        ) from error
 
 
 def document(*, title: str, body: str, charts: Sequence[Chart]) -> str:
@@ -102,8 +139,10 @@ def document(*, title: str, body: str, charts: Sequence[Chart]) -> str:
         "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
         "img-src data:"
     )
-    specs = _script_json([chart.spec for chart in charts])
+    specs = _script_json([_without_legend(chart) for chart in charts])
     themes = _script_json({"light": theme(dark=False), "dark": theme(dark=True)})
+    # Names of files and text of models may hold what is not valid UTF-8.
+    title, body = (text.encode("utf-8", "replace").decode("utf-8") for text in (title, body))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -115,6 +154,14 @@ def document(*, title: str, body: str, charts: Sequence[Chart]) -> str:
 <script type="module">{_script_code(chart_module.drawing_code(SCRIPT))}</script>
 </body></html>
 """
+
+
+def _without_legend(chart: Chart) -> chart_module.Spec:
+    """Return the chart's specification without the legend, which the page has as text."""
+    if not chart.labels:
+        return chart.spec
+    encoding = chart.spec["encoding"]
+    return {**chart.spec, "encoding": {**encoding, "color": {**encoding["color"], "legend": None}}}
 
 
 def _script_json(value: Any) -> str:
@@ -139,25 +186,50 @@ def chart_grid(charts: Sequence[Chart], first: int = 0) -> str:
     """Return placeholders for charts, which the script fills."""
     cards = (
         f'<div class="chart"><h3>{html.escape(chart.title)}</h3><p>{html.escape(chart.subtitle)}</p>'
-        f'<div class="canvas" id="chart-{index}"></div></div>'
+        f'{_legend(chart.labels)}<div class="canvas" id="chart-{index}"></div></div>'
         for index, chart in enumerate(charts, start=first)
     )
     return f'<div class="charts">{"".join(cards)}</div>'
 
 
-def table(rows: Iterable[Sequence[Any]], *, head: Sequence[str] = ()) -> str:
-    """Return rows of cells as a table; the first cell of a row is its name."""
-    top = f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>" if head else ""
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{' class=name' if i == 0 else ''}>{html.escape(str(cell))}</td>"
-            for i, cell in enumerate(row)
-        )
-        + "</tr>"
-        for row in rows
+def _legend(labels: Sequence[str]) -> str:
+    """Return the names of a chart's lines with their colours. As text they wrap at any width of the page."""
+    colours = len(chart_module.COLOURS)
+    dashes = len(chart_module.DASHES)
+    items = (
+        f'<span><i class="d{index // colours % dashes}" style="--c: var(--c{index % colours})"></i>'
+        f"{html.escape(label)}</span>"
+        for index, label in enumerate(labels)
     )
-    return f'<div class="box"><table>{top}{body}</table></div>'
+    return f'<div class="legend">{"".join(items)}</div>' if labels else ""
+
+
+def table(rows: Iterable[Sequence[Any]], *, head: Sequence[str] = ()) -> str:
+    """Return rows of cells as a table; the first cell of a row is its name.
+
+    With names of columns in `head`, a page too narrow for the columns shows each cell in a line of its own,
+    after the name of its column.
+    """
+    top = f"<tr class=head>{''.join(f'<th><div>{html.escape(cell)}</div></th>' for cell in head)}</tr>"
+    body = "".join(f"<tr>{''.join(_cells(row, head))}</tr>" for row in rows)
+    kind = ' class="columns"' if head else ""
+    return f'<div class="box"><table{kind}>{top if head else ""}{body}</table></div>'
+
+
+def _cells(row: Sequence[Any], head: Sequence[str]) -> Iterable[str]:
+    for index, cell in enumerate(row):
+        text = html.escape(str(cell))
+        if not head:
+            yield f"<td{' class=name' if index == 0 else ''}>{text}</td>"
+        elif index == 0:
+            yield f"<td class=name><div>{text}</div></td>"
+        else:
+            yield f'<td data-of="{html.escape(head[index])}"><div>{text}</div></td>'
+
+
+def folded(summary: str, inner: str) -> str:
+    """Return a part of a page that is folded until its summary is clicked."""
+    return f'<details class="further"><summary>{html.escape(summary)}</summary>{inner}</details>'
 
 
 def shown(value: Any) -> str:
@@ -172,14 +244,8 @@ def shown(value: Any) -> str:
 
 
 def _body(run: RunRecords, charts: Sequence[Chart]) -> str:
-    began = (
-        time.strftime("%Y-%m-%d %H:%M", time.localtime(run.train[0]["time"]))
-        if run.train
-        else "no step logged yet"
-    )
-    about = (
-        f"{run.status} · step {run.last_step:,} of {run.config.get('run', {}).get('steps', '?')} · {began}"
-    )
+    began = _date(run.train[0]["time"]) if run.train else "no step logged yet"
+    about = f"{run.status} · step {run.last_step:,} of {run.config['run']['steps']:,} · {began}"
     parts = [heading(run.name, about), _metrics(run)]
     if charts:
         parts.append(f"<h2>Curves</h2>{chart_grid(charts)}")
@@ -189,7 +255,8 @@ def _body(run: RunRecords, charts: Sequence[Chart]) -> str:
             "steps.</p>"
         )
     # The order is that of a reader's questions: results first, settings last.
-    parts += [_samples(run), _result(run), _warnings(run)]
+    parts += [_samples(run), _result(run), _warnings(run), _sessions(run)]
+    # The settings of the newest session: what it changed is in the table of sessions.
     parts.append(f'<h2>Settings</h2><div class="box">{_nested("experiment", run.config, is_open=True)}</div>')
     if run.data:
         sources = {str(index): source for index, source in enumerate(run.data)}
@@ -199,10 +266,21 @@ def _body(run: RunRecords, charts: Sequence[Chart]) -> str:
     return "".join(parts)
 
 
+def _date(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):  # no date that a calendar has
+        return "on an unknown date"
+
+
 def _metrics(run: RunRecords) -> str:
     result = run.result or {}
     evaluation = run.held_out
-    rivals = ", ".join(f"{name} {bits:.3f}" for name, bits in (result.get("compressors") or {}).items())
+    rivals = ", ".join(
+        f"{name} {bits:.3f}"
+        for name, value in (result.get("compressors") or {}).items()
+        if (bits := number(value)) is not None
+    )
     tokens = number(evaluation.get("tokens"))
     total = number(evaluation.get("total_tokens"))
     # Only completions may be scored, and then the loss is not that of all tokens.
@@ -215,14 +293,15 @@ def _metrics(run: RunRecords) -> str:
         (
             number(evaluation.get("bits_per_byte")),
             ".3f",
-            f"bits per byte{', compressors: ' + rivals if rivals else ''}",
+            f"bits per byte on {run.measured_on}{', compressors: ' + rivals if rivals else ''}",
         ),
         (
             number(evaluation.get("lost_text")),
             ".2%",
             "of the text's bytes are lost by the tokenizer: bits per byte are not comparable",
         ),
-        (number(evaluation.get("loss")), ".4f", f"loss, nats per token{part}"),
+        (number(evaluation.get("loss")), ".4f", f"loss on {run.measured_on}, nats per token{part}"),
+        (number(result.get("best_loss")), ".4f", f"lowest loss {best_note(run)}"),
         (
             number(evaluation.get("unrounded_bits_per_byte")),
             ".3f",
@@ -233,20 +312,28 @@ def _metrics(run: RunRecords) -> str:
         (number(evaluation.get("teacher_agreement")), ".1%", "same most likely token as the teacher"),
         (number(evaluation.get("calibration_error")), ".3f", "calibration error"),
         (number(result.get("parameters")), ",.0f", "parameters"),
-        (number(result.get("run_tokens")), ",.0f", "tokens trained on"),
+        (number(result.get("run_tokens")), ",.0f", "tokens trained on, in all sessions"),
         (number(result.get("session_tokens_per_second")), ",.0f", "tokens per second in the last session"),
     ]
-    tiles = [
-        f"<div class=metric><b>{value:{format}}</b><span>{html.escape(label)}</span></div>"
-        for value, format, label in pairs
-        if value is not None
-    ]
-    if (seconds := number(result.get("session_seconds"))) is not None:
-        tiles.append(
-            f"<div class=metric><b>{format_seconds(seconds)}</b><span>wall time of the last "
-            "session</span></div>"
-        )
+    tiles = [_tile(f"{value:{format}}", label) for value, format, label in pairs if value is not None]
+    for name, span in (("run_seconds", "all sessions"), ("session_seconds", "the last session")):
+        if (seconds := number(result.get(name))) is not None:
+            tiles.append(_tile(format_seconds(seconds), f"wall time of {span}"))
     return f'<div class="metrics">{"".join(tiles)}</div>'
+
+
+def _tile(value: str, label: str) -> str:
+    return f"<div class=metric><b>{value}</b><span>{html.escape(label)}</span></div>"
+
+
+def best_note(run: RunRecords) -> str:
+    """Describe the best loss of a run: its step, its text, and what the last step has on the same text."""
+    result = run.result or {}
+    step = result.get("best_step")
+    at = f"at step {step:,}, " if isinstance(step, int) else ""
+    loss = number(result.get("part_loss"))
+    last = "" if loss is None else f", where step {result['step']:,} has {loss:.4f}"
+    return f"{at}on {run.best_measured_on}{last}"
 
 
 def _samples(run: RunRecords) -> str:
@@ -274,23 +361,56 @@ def _sample(prompt: str, text: str) -> str:
     return f"<pre><mark>{html.escape(prompt)}</mark>{html.escape(rest)}</pre>"
 
 
+# What names of fields do not say, and units.
+_RESULT_NAMES = {
+    "measured_on": "loss and bits per byte measured on",
+    "loss": "loss, nats per token",
+    "best_loss": "lowest loss of the evaluations",
+    "best_measured_on": "lowest loss measured on",
+    "part_loss": "loss of the last step on that text",
+    "run_tokens": "tokens trained on, all sessions",
+    "run_seconds": "seconds, all sessions",
+    "session_tokens": "tokens trained on, last session",
+    "session_seconds": "seconds, last session",
+    "session_tokens_per_second": "tokens per second, last session",
+    "session_data_wait_share": "fraction of the time spent waiting for data, last session",
+    "skipped": "skipped steps, all sessions",
+}
+
+
 def _result(run: RunRecords) -> str:
     if run.result is None:
         return ""
     # These have sections of their own.
     left_out = ("samples", "compressors", "session_seconds_by_category")
     rows: list[tuple[str, Any]] = [
-        (name.replace("_", " "), shown(value)) for name, value in run.result.items() if name not in left_out
+        (_RESULT_NAMES.get(name, name.replace("_", " ")), shown(value))
+        for name, value in run.result.items()
+        if name not in left_out
     ]
     rows += [
         (f"{name}, bits per byte", shown(value))
         for name, value in (run.result.get("compressors") or {}).items()
     ]
     rows += [
-        (f"seconds: {name}", f"{value:.1f}")
+        (f"seconds of the last session: {name}", f"{seconds:.1f}")
         for name, value in (run.result.get("session_seconds_by_category") or {}).items()
+        if (seconds := number(value)) is not None
     ]
     return f"<h2>Result</h2>{table(rows)}"
+
+
+def _sessions(run: RunRecords) -> str:
+    """Return a table of the sessions of a run that was resumed, with what each changed."""
+    if len(run.sessions) < 2 and not run.changed_settings():
+        return ""
+    rows = []
+    for session in run.sessions:
+        steps = f"{session.first_step:,} to {session.last_step:,}" if session.num_steps else "none that count"
+        changes = {**session.changes, **session.environment}
+        texts = [f"{path}: {_leaf(before)} → {_leaf(after)}" for path, (before, after) in changes.items()]
+        rows.append((f"session {session.number}", steps, format_seconds(session.seconds), "\n".join(texts)))
+    return f"<h2>Sessions</h2>{table(rows, head=('', 'steps', 'wall time', 'changed'))}"
 
 
 def _warnings(run: RunRecords) -> str:

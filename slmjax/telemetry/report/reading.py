@@ -63,6 +63,17 @@ class RunRecords:
         return "held-out text" if self.is_complete else "part of the held-out text"
 
     @property
+    def best_measured_on(self) -> str:
+        """The text of the result's best loss, that of the evaluations on the way."""
+        recorded = (self.result or {}).get("best_measured_on")
+        if isinstance(recorded, str):
+            return recorded
+        # Earlier versions did not record it, and the last step took part only if all had the same text.
+        is_part = any(not record.get("complete") for record in self.on_the_way)
+        has_other = len({record.get("documents") for record in self.evals}) > 1
+        return "part of the held-out text" if is_part and has_other else "held-out text"
+
+    @property
     def on_the_way(self) -> list[dict[str, Any]]:
         """The evaluations for one curve: those on a part of the held-out text, if there are any."""
         # Losses on other documents do not continue the curve of those on a part.

@@ -69,3 +69,33 @@ def changed_settings(
         if len(history) > 1:
             changed[path] = history
     return changed
+
+
+# The architecture -------------------------------------------------------------------------------------------
+STACK = "model.stack"
+
+
+def is_of_stack(path: str) -> bool:
+    """Return whether a setting is of the layers of the model."""
+    return path.startswith(f"{STACK}.")
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """Describe the stack of layers by its structure: "2 x (Attention Mlp, Attention Moe), 1 x (...)"."""
+    model = config.get("model")
+    stack = model.get("stack") if isinstance(model, dict) else None
+    return ", ".join(map(_group, stack if isinstance(stack, list) else ()))
+
+
+def _group(group: Any) -> str:
+    if not isinstance(group, dict):
+        return "?"
+    pattern = group.get("pattern")
+    blocks = ", ".join(map(_block, pattern if isinstance(pattern, list) else ()))
+    return f"{group.get('repeats', 1)} x ({blocks})"
+
+
+def _block(block: Any) -> str:
+    parts = (block.get("mixer"), block.get("ffn")) if isinstance(block, dict) else ()
+    names = (str(part["type"]) for part in parts if isinstance(part, dict) and "type" in part)
+    return " ".join(name.removesuffix("Config") for name in names)
