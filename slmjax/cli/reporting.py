@@ -54,26 +54,34 @@ def runs_command(argv: Sequence[str]) -> int:
 
 
 def _print_runs(runs: Sequence[Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from slmjax.data.lost_text import lost_note
+    from slmjax.telemetry.columns import print_columns, printable
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", no_wrap=True)
-    table.add_column("state")
-    for name in ("step", "loss", "bits/byte", "params", "time"):
-        table.add_column(name, justify="right")
-    for run in runs:
-        table.add_row(*_run_cells(run))
-    console = Console(highlight=False)
-    console.print(table)
+    head = ("run", "state", "step", "loss", "bits/byte", "params", "tokens", "time")
+    print_columns(head, [_run_cells(run) for run in runs], right=range(2, len(head)))
+    notes = ["tokens and time are of all sessions of a run"]
     if any(run.loss is not None and not run.complete for run in runs):
-        console.print("~ on part of the held-out text, from the last evaluation during training")
+        notes.append("~ on part of the held-out text, from the last evaluation during training")
     for run in runs:
+        if run.changed:
+            changes = list(run.changed.items())
+            shown = "; ".join(f"{path} {_history(values)}" for path, values in changes[:MOST_CHANGES])
+            further = f"; {len(changes) - MOST_CHANGES} more" if len(changes) > MOST_CHANGES else ""
+            notes.append(f"* {run.name}: a resumed session changed settings: {shown}{further}")
         if run.lost_text:
-            console.print(f"! {run.name}: {lost_note(run.lost_text)}")
+            notes.append(f"! {run.name}: {lost_note(run.lost_text)}")
+        if run.problem is not None:
+            notes.append(f"? {run.name}: {run.problem}")
+    print("\n".join(["", *map(printable, notes)]))
+
+
+MOST_CHANGES = 3  # changed settings of a run that are listed
+
+
+def _history(values: Sequence[Any]) -> str:
+    from slmjax.telemetry.report.settings import History
+
+    return History(tuple((step, value) for step, value in values)).text()
 
 
 def _run_cells(run: Any) -> tuple[str, ...]:
@@ -81,15 +89,22 @@ def _run_cells(run: Any) -> tuple[str, ...]:
 
     partial = "" if run.complete else "~"
     lossy = "!" if run.lost_text else ""
+    marks = f"{'*' if run.changed else ''}{'?' if run.problem is not None else ''}"
     return (
         run.name,
-        run.status,
-        f"{run.step:,}/{run.steps:,}",
+        f"{run.status}{marks}",
+        "" if run.problem is not None else f"{run.step:,}/{run.steps:,}",
         "" if run.loss is None else f"{partial}{run.loss:.4f}",
         "" if run.bits_per_byte is None else f"{partial}{run.bits_per_byte:.3f}{lossy}",
-        "" if run.parameters is None else f"{run.parameters / 1e6:.1f}M",
+        "" if run.parameters is None else _rounded(run.parameters),
+        "" if run.tokens is None else _rounded(run.tokens),
         "" if run.seconds is None else format_seconds(run.seconds),
     )
+
+
+def _rounded(count: int) -> str:
+    """Return a count to three or four digits: 950, 60.0k, 1.4M, 2,000.5M."""
+    return f"{count:,}" if count < 1000 else f"{count / 1e3:.1f}k" if count < 1e6 else f"{count / 1e6:,.1f}M"
 
 
 def compare_command(argv: Sequence[str]) -> int:
@@ -104,38 +119,44 @@ def compare_command(argv: Sequence[str]) -> int:
         run_dirs: Annotated[tuple[str, ...], *positional("RUN_DIR ...")]
         # file to write
         output: str = "comparison.html"
-        # print the results and the settings that differ as JSON
+        # print all settings that differ, those of layers one by one, and not the most important
+        all: bool = False
+        # print the results and all settings that differ as JSON
         json: bool = False
 
     args = parse(Arguments, argv, command="compare", description=compare_command.__doc__)
-    from slmjax.telemetry.report import comparison, write_comparison
+    from slmjax.telemetry.columns import print_columns
+    from slmjax.telemetry.report import comparison
+    from slmjax.telemetry.report.short_names import full_names, short_names
 
-    page = write_comparison(args.run_dirs, args.output)
+    page = comparison.write_comparison(args.run_dirs, args.output)
     runs = comparison.read_runs(args.run_dirs)
-    names = comparison.short_names(runs)
+    paths = [run.path for run in runs]
     if args.json:
         tables = {"results": comparison.results(runs), "settings": comparison.config_differences(runs)}
         by_run = {
-            title: {row: dict(zip(names, cells, strict=True)) for row, *cells in rows}
+            title: {row: _by_run(full_names(paths), cells) for row, *cells in rows}
             for title, rows in tables.items()
         }
         print_json({"page": str(page), **by_run})
         return 0
-    _print_rows("results", names, comparison.shown_results(runs))
-    _print_rows("settings that differ", names, comparison.shown_differences(runs))
-    print(page)
+    names = short_names(paths)
+    most = None if args.all else comparison.MOST_SETTINGS
+    differences = comparison.shown_differences(runs, most=most)
+    print_columns(("run", "directory"), [*zip(names, map(str, paths), strict=True)])
+    print()
+    print_columns(("", *names), comparison.shown_results(runs), title="results")
+    print()
+    print_columns(("", *names), differences.rows, title="settings that differ")
+    if differences.further:
+        print(f"{len(differences.further)} more settings, those of single layers too, with --all")
+    print(f"\n{page}")
     return 0
 
 
-def _print_rows(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _by_run(names: Sequence[str], cells: Sequence[Any]) -> dict[str, Any]:
+    """Return values by the name of their run; one that a session changed as a list of [first step, value]."""
+    from slmjax.telemetry.report.settings import History
 
-    if not rows:
-        return
-    table = Table(title=title, title_justify="left")
-    for name in ("", *names):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
+    values = [list(cell.values) if isinstance(cell, History) else cell for cell in cells]
+    return dict(zip(names, values, strict=True))

@@ -8,5 +8,6 @@ Files in reading order:
 - progress.py: the progress bar
 - profiling.py: traces of a few steps
 - trackers.py: TensorBoard and Weights & Biases
+- columns.py: tables of text for terminals and pipes
 - report: pages for people
 """

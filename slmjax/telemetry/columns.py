@@ -9,7 +9,6 @@ first cell of a row has a line of its own, above the others; where these do not 
 import shutil
 import sys
 from collections.abc import Collection, Sequence
-from typing import TextIO
 
 from rich.cells import cell_len
 
@@ -32,13 +31,14 @@ def print_columns(
       title: a line above the table.
     """
     if rows:
-        lines = column_lines(head, rows, right=right, width=output_width(sys.stdout))
+        lines = column_lines(head, rows, right=right, width=output_width())
         print("\n".join([*([printable(title)] if title else []), *lines]))
 
 
-def output_width(stream: TextIO) -> int | None:
-    """Return the number of columns of a terminal; None for a pipe or a file, which has no limit."""
-    return shutil.get_terminal_size().columns if stream.isatty() else None
+def output_width() -> int | None:
+    """Return the columns of the terminal of standard output; None for a pipe or a file, without a limit."""
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return shutil.get_terminal_size().columns if is_terminal else None
 
 
 def column_lines(

@@ -8,7 +8,9 @@ Only files of run directories are read. Pages hold all they need: no network, no
 
 Files in reading order:
 
+- settings.py: settings by path, and how the sessions of a run changed them
 - reading.py: run directories as data
+- short_names.py: what tells the names of several runs apart
 - charts.py: charts of runs as Vega-Lite
 - page.py: the page of a run
 - comparison.py: a page that compares runs

@@ -94,6 +94,7 @@ def _loss_charts(run: RunRecords) -> list[Chart | None]:
     series = {"training": run.train, "held out": run.on_the_way}
     # Evaluations on all held-out text do not continue the curve of those on a part of it.
     if len(run.on_the_way) < len(run.evals):
+        series = {"training": run.train, "part of held out": run.on_the_way}
         series["all held out"] = [record for record in run.evals if record.get("complete")]
     marked = tuple(series)[1:]
     return [

@@ -1,14 +1,15 @@
 """A page that compares runs: curves in the same charts, results in one table, and settings that differ."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from slmjax.telemetry.report.charts import Chart, lines
-from slmjax.telemetry.report.page import chart_grid, document, folded, heading, shown, table, write_page
+from slmjax.telemetry.report.page import chart_grid, document, folded, heading, table, write_page
 from slmjax.telemetry.report.reading import RunRecords, number, read_run
-from slmjax.telemetry.report.settings import architecture, flat, is_of_stack
+from slmjax.telemetry.report.settings import History, architecture, flat, is_of_stack, setting_text, shown
 from slmjax.telemetry.report.short_names import short_names
 
 # In the order of the table, with their names there. A metric that no run has is left out.
@@ -128,6 +129,8 @@ def _metric(run: RunRecords, name: str) -> Any:
         return len(run.sessions) if len(run.sessions) > 1 else None
     if name == "measured_on":
         return run.measured_on
+    if name == "commit" and (commits := run.changed_environment().get("commit")) is not None:
+        return ", ".join(f"{str(commit)[:12]} from step {step:,}" for step, commit in commits)
     if name == "held_out_text":
         return _held_out_text(run)
     # From the last evaluation, since a run in progress has no result yet.
@@ -168,19 +171,6 @@ def config_differences(runs: Sequence[RunRecords]) -> list[Row]:
     ]
 
 
-@dataclasses.dataclass(frozen=True)
-class History:
-    """The values of a setting that a resumed session changed: the first step with each, and the value."""
-
-    values: tuple[tuple[int, Any], ...]
-
-    def text(self) -> str:
-        """Return the values in words."""
-        first, *others = self.values
-        later = "".join(f", from step {step:,} {_setting(value)}" for step, value in others)
-        return f"{_setting(first[1])}{later}"
-
-
 def settings_of(run: RunRecords) -> dict[str, Any]:
     """Return the settings of a run by their path; a `History` for each that a session changed."""
     histories = {path: History(tuple(values)) for path, values in run.changed_settings().items()}
@@ -197,11 +187,15 @@ class Differences:
 
 def shown_results(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
     """Return `results` as text."""
-    short = {"commit": lambda value: str(value)[:12]}
     return [
-        (METRICS[name], *(ABSENT if v is None else short.get(name, shown)(v) for v in values))
+        (METRICS[name], *(ABSENT if value is None else _shown_metric(name, value) for value in values))
         for name, *values in results(runs)
     ]
+
+
+def _shown_metric(name: str, value: Any) -> str:
+    is_hash = name == "commit" and re.fullmatch("[0-9a-f]{40}", str(value))
+    return str(value)[:12] if is_hash else shown(value)
 
 
 def shown_differences(runs: Sequence[RunRecords], *, most: int | None = MOST_SETTINGS) -> Differences:
@@ -220,15 +214,9 @@ def shown_differences(runs: Sequence[RunRecords], *, most: int | None = MOST_SET
         differences = [row for row in differences if not is_of_stack(row[0])]
     else:
         inner = []
-    rows = [*summary, *((path, *map(_setting, values)) for path, *values in differences)]
-    rest = [(path, *map(_setting, values)) for path, *values in inner]
+    rows = [*summary, *((path, *map(setting_text, values)) for path, *values in differences)]
+    rest = [(path, *map(setting_text, values)) for path, *values in inner]
     shown_first = len(rows) if most is None else most
     if most is None:
         return Differences(rows=[*rows, *rest], further=[])
     return Differences(rows=rows[:shown_first], further=[*rows[shown_first:], *rest])
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, History):
-        return value.text()
-    return repr(value) if isinstance(value, float) else shown(value)

@@ -13,6 +13,7 @@ from slmjax.telemetry.progress import format_seconds
 from slmjax.telemetry.report import charts as chart_module
 from slmjax.telemetry.report.charts import Chart, run_charts, theme
 from slmjax.telemetry.report.reading import RunRecords, number, read_run
+from slmjax.telemetry.report.settings import shown
 
 log = logging.getLogger(__name__)
 
@@ -38,16 +39,16 @@ button:hover { color: var(--ink); }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12.5px; margin: 0 0 6px; overflow-wrap: anywhere; } .chart .legend { color: var(--ink); }
 .legend i { display: inline-block; width: 18px; border-top: 3px solid var(--c); margin-right: 6px; vertical-align: 4px; } .legend .d1 { border-top-style: dashed; } .legend .d2 { border-top-style: dotted; }
 .canvas { width: 100%; } .canvas .vega-embed { width: 100%; padding: 0; }
-.box { padding: 4px 16px; overflow-x: auto; } .box + .box { margin-top: 12px; }
+header + .box { margin-top: 20px; } .box { padding: 4px 16px; overflow-x: auto; } .box + .box { margin-top: 12px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; } td, th { text-align: left; padding: 6px 18px 6px 0; border-top: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; }
 tr:first-child > * { border-top: 0; } th { font-weight: 500; color: var(--soft); } td.name { color: var(--soft); width: 38%; }
-.columns td, .columns th { overflow-wrap: normal; } .columns div { white-space: pre-line; } .columns td > div, .columns th > div { min-width: 9ch; max-width: 34ch; width: max-content; overflow-wrap: anywhere; } .columns td.name { width: auto; } .columns td:last-child, .columns th:last-child { padding-right: 0; }
+.columns td, .columns th { overflow-wrap: normal; } .columns div { white-space: pre-line; } .columns td > div, .columns th > div { min-width: 9ch; max-width: 34ch; overflow-wrap: anywhere; } .columns td.name { width: auto; } .columns td:last-child, .columns th:last-child { padding-right: 0; }
 pre { background: var(--code); border-radius: 8px; padding: 12px 14px; margin: 8px 0 14px; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre mark { background: none; color: var(--accent); font-weight: 600; }
 summary { cursor: pointer; padding: 8px 0; } details details { margin-left: 16px; }
 @media (max-width: 560px) { main { padding: 18px 12px 40px; } .metric b { font-size: 19px; } header { flex-direction: column-reverse; } td { padding-right: 10px; }
-  .columns tr { display: block; border-top: 1px solid var(--rule); padding: 6px 0; } .columns tr.head { display: none; } .columns td, .columns td.name { display: flex; gap: 10px; width: auto; border: 0; padding: 1px 0; }
-  .columns td:not(.name)::before { content: attr(data-of); color: var(--soft); flex: 0 0 34%; overflow-wrap: anywhere; } .columns td > div { min-width: 0; max-width: none; width: auto; flex: 1; } .columns td.name { font-weight: 500; } }
+  .columns tr.head + tr { border-top: 0; } .columns tr { display: block; border-top: 1px solid var(--rule); padding: 6px 0; } .columns tr.head { display: none; } .columns td, .columns td.name { display: flex; gap: 10px; width: auto; border: 0; padding: 1px 0; }
+  .columns td:not(.name)::before { content: attr(data-of); color: var(--soft); flex: 0 0 34%; overflow-wrap: anywhere; } .columns td > div { min-width: 0; max-width: none; width: auto; flex: 1; } .columns td.name { font-weight: 500; color: var(--ink); } }
 @media print { button { display: none; } .chart { break-inside: avoid; } }
 """.replace("FONT", chart_module.FONT)  # noqa: E501  # a style sheet
 
@@ -232,20 +233,12 @@ def folded(summary: str, inner: str) -> str:
     return f'<details class="further"><summary>{html.escape(summary)}</summary>{inner}</details>'
 
 
-def shown(value: Any) -> str:
-    """Return a value as text for people."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "—"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-    return str(value)
-
-
 def _body(run: RunRecords, charts: Sequence[Chart]) -> str:
     began = _date(run.train[0]["time"]) if run.train else "no step logged yet"
     about = f"{run.status} · step {run.last_step:,} of {run.config['run']['steps']:,} · {began}"
+    changed = run.changed_settings()
+    if changed:
+        about += f" · settings changed in a resumed session: {', '.join(changed)}"
     parts = [heading(run.name, about), _metrics(run)]
     if charts:
         parts.append(f"<h2>Curves</h2>{chart_grid(charts)}")
@@ -332,7 +325,8 @@ def best_note(run: RunRecords) -> str:
     step = result.get("best_step")
     at = f"at step {step:,}, " if isinstance(step, int) else ""
     loss = number(result.get("part_loss"))
-    last = "" if loss is None else f", where step {result['step']:,} has {loss:.4f}"
+    is_last = step == result.get("step")
+    last = "" if loss is None or is_last else f", where step {result['step']:,} has {loss:.4f}"
     return f"{at}on {run.best_measured_on}{last}"
 
 

@@ -90,6 +90,11 @@ class RunRecords:
         """Return settings that steps of this run had different values of, as `settings.changed_settings`."""
         return changed_settings(self.config, self.sessions)
 
+    def changed_environment(self) -> dict[str, list[tuple[int, Any]]]:
+        """Return what the environment of the steps of this run differs in, as `changed_settings`."""
+        sessions = [dataclasses.replace(item, changes=item.environment) for item in self.sessions]
+        return changed_settings(self.environment, sessions)
+
 
 def read_run(path: str | Path) -> RunRecords:
     """Return the records of a run directory.
@@ -233,7 +238,7 @@ def _result(run: Path) -> dict[str, Any] | None:
 
 def _shallow(value: Any, name: Path | str, remedy: str) -> Any:
     """Return a JSON value, unless it is nested so deeply that showing it would exhaust the stack."""
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
         inner = (item.values() if isinstance(item, dict) else item for item in level)
         level = [part for item in inner for part in item if isinstance(part, dict | list)]

@@ -7,6 +7,7 @@ config.json has the settings of the newest session. The log has what each sessio
 settings of the earlier ones follow.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -69,6 +70,37 @@ def changed_settings(
         if len(history) > 1:
             changed[path] = history
     return changed
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """The values of a setting that a resumed session changed: the first step with each, and the value."""
+
+    values: tuple[tuple[int, Any], ...]
+
+    def text(self) -> str:
+        """Return the values in words."""
+        first, *others = self.values
+        later = "".join(f", from step {step:,}: {setting_text(value)}" for step, value in others)
+        return f"{setting_text(first[1])}{later}"
+
+
+def setting_text(value: Any) -> str:
+    """Return the value of a setting, or its history, with all digits: values that differ look different."""
+    if isinstance(value, History):
+        return value.text()
+    return repr(value) if isinstance(value, float) else shown(value)
+
+
+def shown(value: Any) -> str:
+    """Return a value as text for people."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "—"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return str(value)
 
 
 # The architecture -------------------------------------------------------------------------------------------

@@ -32,6 +32,12 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     ]
 
 
+def full_names(paths: Sequence[Path]) -> list[str]:
+    """Return the names of the directories, or their paths where names are equal."""
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else list(map(str, paths))
+
+
 def _words(name: str) -> list[str]:
     """Return the words of a name, each with the separator that follows it."""
     bounds = [0, *(match.end() for match in re.finditer(r"[-_.+/ ]+", name)), len(name)]
