@@ -127,7 +127,7 @@ def compare_command(argv: Sequence[str]) -> int:
     args = parse(Arguments, argv, command="compare", description=compare_command.__doc__)
     from slmjax.telemetry.columns import print_columns
     from slmjax.telemetry.report import comparison
-    from slmjax.telemetry.report.short_names import full_names, short_names
+    from slmjax.telemetry.report.names import full_names, short_names
 
     page = comparison.write_comparison(args.run_dirs, args.output)
     runs = comparison.read_runs(args.run_dirs)

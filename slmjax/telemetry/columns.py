@@ -71,7 +71,7 @@ def column_lines(
 
 
 def printable(text: str) -> str:
-    """Return text for a terminal: control characters and invalid ones, which names of files may have, escaped."""
+    """Return text for a terminal: control and invalid characters, as names of files have, are escaped."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
@@ -96,4 +96,5 @@ def _fits(lines: Sequence[str], width: int | None) -> bool:
 
 def _items(names: Sequence[str], cells: Sequence[str]) -> list[str]:
     """Return the cells of a row with the names of their columns, one in a line, without empty cells."""
-    return [f"{GAP}{name}: {cell}" if name else f"{GAP}{cell}" for name, cell in zip(names, cells) if cell]
+    pairs = zip(names, cells, strict=True)
+    return [f"{GAP}{name}: {cell}" if name else f"{GAP}{cell}" for name, cell in pairs if cell]

@@ -10,7 +10,7 @@ Files in reading order:
 
 - settings.py: settings by path, and how the sessions of a run changed them
 - reading.py: run directories as data
-- short_names.py: what tells the names of several runs apart
+- names.py: what tells the names of several runs apart
 - charts.py: charts of runs as Vega-Lite
 - page.py: the page of a run
 - comparison.py: a page that compares runs

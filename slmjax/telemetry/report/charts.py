@@ -252,7 +252,12 @@ def lines(
 
 def _by_series(labels: Sequence[str], *, has_legend: bool) -> Spec:
     """Return the encoding of a colour for each series; the legend is that of images alone."""
-    colour: Spec = {"field": "series", "type": "nominal", "sort": list(labels), "scale": {"domain": list(labels)}}
+    colour: Spec = {
+        "field": "series",
+        "type": "nominal",
+        "sort": list(labels),
+        "scale": {"domain": list(labels)},
+    }
     # Rows of a legend do not wrap by themselves.
     width = max(map(len, labels)) + 5
     colour["legend"] = {"columns": max(LEGEND_WIDTH // width, 1)} if has_legend else None

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from slmjax.telemetry.report.charts import Chart, lines
+from slmjax.telemetry.report.names import short_names
 from slmjax.telemetry.report.page import chart_grid, document, folded, heading, table, write_page
 from slmjax.telemetry.report.reading import RunRecords, number, read_run
-from slmjax.telemetry.report.settings import History, architecture, flat, is_of_stack, setting_text, shown
-from slmjax.telemetry.report.short_names import short_names
+from slmjax.telemetry.report.settings import History, flat, is_of_stack, setting_text, shown, stack_text
 
 # In the order of the table, with their names there. A metric that no run has is left out.
 METRICS = {
@@ -206,7 +206,7 @@ def shown_differences(runs: Sequence[RunRecords], *, most: int | None = MOST_SET
     """
     differences = config_differences(runs)
     inner = [row for row in differences if is_of_stack(row[0])]
-    stacks = [architecture(run.config) for run in runs]
+    stacks = [stack_text(run.config) for run in runs]
     summary: list[tuple[str, ...]] = []
     # Settings of layers compare one by one where each has its counterpart.
     if len(set(stacks)) > 1:

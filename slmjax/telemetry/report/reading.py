@@ -196,7 +196,9 @@ def _config(path: Path) -> dict[str, Any]:
     kept = sorted(path.parent.glob("config-*.json"))
     if kept:
         remedy = f"restore it, from a copy or {kept[-1].name} (of the session before), or delete the run"
-    config = _shallow(check_object(read_json(path, remedy=remedy), name=str(path), remedy=remedy), path, remedy)
+    config = _shallow(
+        check_object(read_json(path, remedy=remedy), name=str(path), remedy=remedy), path, remedy
+    )
     # Runs of any version have steps; other settings are shown as they are.
     run = check_object(config.get("run"), {"steps": int}, name=f"'run' in {path}", remedy=remedy)
     if not 0 <= run["steps"] <= MAX_STEP:

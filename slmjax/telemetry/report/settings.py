@@ -112,7 +112,7 @@ def is_of_stack(path: str) -> bool:
     return path.startswith(f"{STACK}.")
 
 
-def architecture(config: Mapping[str, Any]) -> str:
+def stack_text(config: Mapping[str, Any]) -> str:
     """Describe the stack of layers by its structure: "2 x (Attention Mlp, Attention Moe), 1 x (...)"."""
     model = config.get("model")
     stack = model.get("stack") if isinstance(model, dict) else None

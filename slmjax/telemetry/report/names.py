@@ -1,7 +1,9 @@
-"""The shortest part of each run's name that tells it from the other runs.
+"""Short names of runs: the shortest part of each directory's name that tells it from the others.
 
-    short_names([Path("runs/nano-20260101-120000-1a2b3c"), Path("runs/nano-20260102-090000-9f8e7d")])
-    # ["20260101", "20260102"]
+    paths = [Path("runs/nano-20260101-120000-1a2b3c"), Path("runs/nano-20260102-090000-9f8e7d")]
+    short_names(paths)                               # ["20260101", "20260102"]
+
+Charts and tables have space for a word or two per run.
 """
 
 import re
@@ -25,10 +27,10 @@ def short_names(paths: Sequence[Path]) -> list[str]:
         return names
     if len(set(names)) < len(names):
         names = list(map(str, resolved))
-    words = [_words(name) for name in names]
+    parts = [_parts_of(name) for name in names]
     return [
-        _shortest_part(own, words[:index] + words[index + 1 :], name)
-        for index, (own, name) in enumerate(zip(words, names, strict=True))
+        _shortest_part(own, parts[:index] + parts[index + 1 :], name)
+        for index, (own, name) in enumerate(zip(parts, names, strict=True))
     ]
 
 
@@ -38,19 +40,19 @@ def full_names(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else list(map(str, paths))
 
 
-def _words(name: str) -> list[str]:
+def _parts_of(name: str) -> list[str]:
     """Return the words of a name, each with the separator that follows it."""
     bounds = [0, *(match.end() for match in re.finditer(r"[-_.+/ ]+", name)), len(name)]
     return [name[start:end] for start, end in pairwise(bounds) if start < end]
 
 
-def _bare(words: Sequence[str]) -> str:
-    return "".join(words).strip("-_.+/ ")
+def _bare(parts: Sequence[str]) -> str:
+    return "".join(parts).strip("-_.+/ ")
 
 
 def _shortest_part(own: Sequence[str], others: Sequence[Sequence[str]], name: str) -> str:
     for length in range(1, len(own)):
-        taken = {_bare(words[i : i + length]) for words in others for i in range(len(words))}
+        taken = {_bare(parts[i : i + length]) for parts in others for i in range(len(parts))}
         for start in range(len(own) - length + 1):
             part = _bare(own[start : start + length])
             if part and part not in taken:
