@@ -5,8 +5,13 @@ fields of dataclasses, parsed and documented by tyro.
 
 Files in reading order:
 
+- source.py: names of settings and experiments, without importing them
+- fields.py: options of a command as a list, and short names
+- help.py: `--help`
 - options.py: parsing and printing that commands share
+- early.py: mistakes that are found before jax is imported
 - training.py: `slmjax train`
+- experiments.py: `slmjax experiments`
 - evaluating.py: `slmjax eval`
 - generating.py: `slmjax generate`
 - converting.py: `slmjax import` and `slmjax export`
@@ -23,7 +28,9 @@ from collections.abc import Callable, Sequence
 
 from slmjax import startup
 from slmjax.cli.converting import export_command, import_command
+from slmjax.cli.early import check
 from slmjax.cli.evaluating import eval_command
+from slmjax.cli.experiments import experiments_command
 from slmjax.cli.format_table import formats_command
 from slmjax.cli.generating import generate_command
 from slmjax.cli.inspecting import data_command, models_command
@@ -38,7 +45,7 @@ __all__ = ["COMMANDS", "COMMAND_GROUPS", "INTERRUPTED_STATUS", "main"]
 Command = Callable[[Sequence[str]], int]
 
 COMMAND_GROUPS: dict[str, dict[str, Command]] = {
-    "Train": {"train": train_command, "data": data_command},
+    "Train": {"train": train_command, "experiments": experiments_command, "data": data_command},
     "Evaluate and sample": {"eval": eval_command, "generate": generate_command},
     "Import, export and quantize": {
         "import": import_command,
@@ -90,6 +97,7 @@ def _main(argv: Sequence[str]) -> None:
     startup.keep_memory()
     try:
         with MessageHandler(print_stderr), checked_output():
+            check(name, arguments)
             sys.exit(COMMANDS[name](arguments))
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         message = _user_message(error)

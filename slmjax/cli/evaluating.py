@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from slmjax.cli.options import load_code, parse, peek_option, positional, print_json
+from slmjax.cli.fields import full_names, options_of
+from slmjax.cli.options import asks_for_help, load_code, parse, peek_option, positional, print_json
 
 
 def eval_command(argv: Sequence[str]) -> int:
@@ -17,8 +18,12 @@ def eval_command(argv: Sequence[str]) -> int:
     slmjax eval RUN_DIR [--lm-eval TASK] [--efficiency]
     """
     from slmjax.checkpoints import loading
+    from slmjax.data.config import DataConfig
 
     load_code(argv)
+    if not asks_for_help(argv):
+        # In full, since what is asked for depends on the names that begin with `--data.`.
+        argv = full_names(argv, options_of(_eval_arguments(DataConfig())), command="eval")
     args = parse(_eval_arguments(_default_data(argv)), argv, command="eval", description=eval_command.__doc__)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")

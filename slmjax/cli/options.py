@@ -13,11 +13,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from slmjax.cli.fields import Option, full_names, options_of
+from slmjax.cli.help import help_text
+from slmjax.cli.source import built_in_experiments, is_flag
+
 
 def parse(
-    arguments_class: type, argv: Sequence[str], *, default: Any = None, command: str, description: str | None
+    arguments_class: type,
+    argv: Sequence[str],
+    *,
+    default: Any = None,
+    command: str,
+    description: str | None,
+    first: Sequence[str] = (),
+    further: Sequence[Option] = (),
 ) -> Any:
     """Parse the options of a command into a dataclass, whose fields and comments also make its help.
+
+    Options may have short names (`full_names`). `--help`, with a group, a field or `all` after it, prints and
+    exits.
 
     Args:
       arguments_class: the dataclass.
@@ -25,23 +39,35 @@ def parse(
       default: an instance of the dataclass whose fields are the defaults, if there is one.
       command: name of the command, shown in usage and errors.
       description: docstring of the command: a summary and, after a blank line, usage lines.
+      first: names of the options that its help shows first.
+      further: options that it has only with another one.
     """
-    import inspect
-    import textwrap
-
     import tyro
 
-    summary, _, usage = inspect.cleandoc(description or "").partition("\n\n")
-    # tyro joins lines that are not indented.
-    text = f"{summary}\n\n{textwrap.indent(usage, '  ')}"
+    options = options_of(arguments_class, default)
+    if asks_for_help(argv):
+        texts = {"command": command, "description": description, "topic": help_topic(argv)}
+        print(help_text(options, first=first, further=further, **texts))
+        sys.exit(0)
     return tyro.cli(
         arguments_class,
-        args=list(argv),
+        args=full_names(argv, options, command=command, further=further),
         prog=f"slmjax {command}",
-        description=text if usage else summary,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues),
         **({} if default is None else {"default": default}),
     )
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Return whether a command line asks for help."""
+    return bool({"-h", "--help"} & set(argv))
+
+
+def help_topic(argv: Sequence[str]) -> str | None:
+    """Return what follows `--help` on a command line: a group, a field or "all"; None for an overview."""
+    index = min(argv.index(option) for option in ("-h", "--help") if option in argv)
+    after = argv[index + 1 : index + 2]
+    return after[0] if after and not after[0].startswith("-") else None
 
 
 def positional(metavar: str) -> tuple[Any, ...]:
@@ -76,16 +102,13 @@ def split_experiment(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     The first argument is an experiment if it is not an option. Later ones are only if they look like it: a
     built-in name or a Python file that is not the value of an option.
     """
-    from slmjax.training.recipes import BUILT_IN
-
     for index, argument in enumerate(argv):
         if argument.startswith("-"):
             continue
         before = argv[index - 1] if index else ""
-        # Boolean flags take no value. Only --json is known here: after another one, such as
-        # --eval.unrounded, an experiment is taken for its value.
-        is_value = before.startswith("-") and "=" not in before and before not in ("--json", "--no-json")
-        if index == 0 or (not is_value and (argument in BUILT_IN or argument.endswith(".py"))):
+        is_value = before.startswith("-") and "=" not in before and not is_flag(before)
+        is_experiment = argument in built_in_experiments() or argument.endswith(".py")
+        if index == 0 or (not is_value and is_experiment):
             return argument, [*argv[:index], *argv[index + 1 :]]
     return None, list(argv)
 

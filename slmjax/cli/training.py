@@ -5,12 +5,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from slmjax.cli.options import load_code, parse, peek_option, print_json, split_experiment, without_prefix
+from slmjax.cli.fields import Option, full_names, options_of
+from slmjax.cli.options import (
+    asks_for_help,
+    load_code,
+    parse,
+    peek_option,
+    print_json,
+    split_experiment,
+    without_prefix,
+)
 
 INTERRUPTED_STATUS = 75  # EX_TEMPFAIL, "try again later": distinct from success and failure for supervisors
 
 # Options that decide the defaults of the experiment's fields.
 START_OPTIONS = ("resume", "init_from", "teacher", "divergence", "quant")
+# What people set first: the text, the length, the size, the rate, and where a run begins.
+FIRST_OPTIONS = (
+    "data.path",
+    "run.steps",
+    "run.epochs",
+    "optim.lr",
+    "data.batch-size",
+    "data.sequence-length",
+    "model.embed-dim",
+    "model.stack.0.repeats",
+    "init-from",
+    "resume",
+    "quant",
+    "run.name",
+)
 
 
 def train_command(argv: Sequence[str]) -> int:
@@ -19,27 +43,40 @@ def train_command(argv: Sequence[str]) -> int:
     slmjax train [EXPERIMENT] [--optim.lr 3e-4 ...]
     slmjax train [EXPERIMENT] [--init-from DIR] [--teacher DIR]
     slmjax train --resume RUN_DIR
+
+    EXPERIMENT is the name of a built-in one (`slmjax experiments` lists them; none: nano), or a Python file.
     """
     import jax
     from rich.console import Console
 
     from slmjax.parallel import hosts
     from slmjax.runner import trainer
+    from slmjax.training import recipes
 
-    if not {"-h", "--help"} & set(argv):
+    if not asks_for_help(argv):
         hosts.join()  # before an experiment file, or anything else, can ask jax for a device
     name, options = split_experiment(argv)
     load_code(options)
     start_options = {key: peek_option(options, f"--{key.replace('_', '-')}") for key in START_OPTIONS}
-    start = _start(name, **start_options)
-    start = _with_one_length(start, options)
+    command = f"train {name or ''}".strip()
+    further = _further_options()
+    if asks_for_help(options):
+        start = recipes.load_experiment(name or "nano")
+    else:
+        start = _start(name, **start_options)
+        arguments_class = _train_arguments(start)
+        own = options_of(arguments_class, arguments_class())
+        options = full_names(options, own, command=command, further=further)
+        start = _with_one_length(start, options)
     arguments_class = _train_arguments(start)
     args = parse(
         arguments_class,
         options,
         default=arguments_class(),
-        command=f"train {name or ''}".strip(),
+        command=command,
         description=train_command.__doc__,
+        first=FIRST_OPTIONS,
+        further=further,
     )
     # The defaults came from peek_option: tyro must have parsed the same values.
     assert all(getattr(args, key) == value for key, value in start_options.items())
@@ -57,6 +94,26 @@ def train_command(argv: Sequence[str]) -> int:
     if jax.process_index() == 0:
         print_json(dataclasses.asdict(result)) if args.json else _print_result(result)
     return {"finished": 0, "interrupted": INTERRUPTED_STATUS}.get(result.status, 1)
+
+
+def _further_options() -> list[Option]:
+    """Return the options of settings that an experiment has only with a teacher or a number format."""
+    from slmjax.distill.config import DistillConfig, TeacherConfig
+    from slmjax.quantization.rules import quant_of
+
+    distill = DistillConfig(teachers=(TeacherConfig(path="DIR"),))
+    quant = quant_of("q4_0")
+    configs = {"objective.distill": (distill, "--teacher"), "quant": (quant, "--quant")}
+    return [
+        dataclasses.replace(
+            option,
+            name=f"{path}.{option.name}",
+            group=f"{path}.{option.group}".removesuffix("."),
+            needs=needs,
+        )
+        for path, (config, needs) in configs.items()
+        for option in options_of(type(config), config)
+    ]
 
 
 def _train_arguments(start: Any) -> type:

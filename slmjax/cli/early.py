@@ -1,0 +1,149 @@
+"""Mistakes on a command line that are found before jax is imported, which takes a second or more.
+
+    check(command="train", argv=["nanoo"])     # ValueError: there is no built-in experiment 'nanoo'. ...
+
+Only what is certainly wrong is refused here: names that no field has, and files that are not there. All else
+is checked where it is used.
+"""
+
+import difflib
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+from slmjax.cli.fields import ALIASES
+from slmjax.cli.options import asks_for_help, peek_option, split_experiment, split_positional
+from slmjax.cli.source import built_in_experiments, fields
+from slmjax.config import near_names
+
+_TRAINED = "the directory that the last line of `slmjax train` printed"
+_MODEL = f"{_TRAINED}, or one that `slmjax import` wrote"
+# Options that name what must be there, with what to name instead.
+_DIRECTORIES = {"resume": _TRAINED, "init-from": _MODEL, "teacher": _MODEL}
+# Commands that read a model or a run, their first argument.
+_READING = {"eval": _MODEL, "generate": _MODEL, "quantize": _MODEL, "export": _MODEL, "report": _TRAINED}
+_CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".toml", ".ini", ".cfg")
+_CONFIG_OPTIONS = ("config", "config-file", "cfg", "yaml")
+
+
+def _how_to_name() -> str:
+    return (
+        f"experiments are Python: name a built-in one ({', '.join(built_in_experiments())}) or a file.py "
+        "with `def experiment() -> Experiment`, and change settings by options, as in `slmjax train nano "
+        "--optim.lr 3e-4 --run.steps 300`"
+    )
+
+
+def check(command: str, argv: Sequence[str]) -> None:
+    """Raise ValueError for what is certainly wrong on the command line of a command."""
+    if asks_for_help(argv):
+        return
+    if command in _READING:
+        _check_reading(command, argv)
+    takes_experiment = command in ("train", "data", "formats")
+    words = split_positional(argv)[1] if command in ("data", "formats") else argv
+    name, options = split_experiment(words) if takes_experiment else (None, list(words))
+    if name is not None and command != "formats":
+        _check_experiment(name)
+    # A file of the user's may define classes with other fields, and a run may name them.
+    has_own_classes = (name or "").endswith(".py") or peek_option(options, "--code") is not None
+    if not has_own_classes and command not in ("formats", "compare"):
+        _check_names(command, options)
+    _check_paths(options)
+
+
+def _check_reading(command: str, argv: Sequence[str]) -> None:
+    words = [argument for argument in argv if not argument.startswith("-")]
+    if not words:
+        raise ValueError(
+            f"slmjax {command} needs {'RUN_DIR' if command != 'quantize' else 'RUN_OR_MODEL_DIR'}: name "
+            f"{_READING[command]}. `slmjax {command} --help` lists the options"
+        )
+    first = Path(words[0])
+    # Only where it stands first: elsewhere it may be the value of an option.
+    if argv[0] == words[0] and not first.exists():
+        raise ValueError(_missing(argv[0], _READING[command]))
+    if command == "eval" and argv[0] == words[0]:
+        _check_text(first, argv)
+
+
+def _check_text(model: Path, argv: Sequence[str]) -> None:
+    """Raise ValueError for an evaluation on text of a model that has no text of its own."""
+    others = ("--multiple-choice", "--lm-eval", "--efficiency", "--energy", "--data.", "--path")
+    has_text = (model / "config.json").is_file() or not (model / "model.json").is_file()
+    if not has_text and not any(argument.replace("_", "-").startswith(others) for argument in argv):
+        raise ValueError(
+            f"{model} is no run, so it has no held-out text of its own: name a text with --data.path FILE, "
+            "or measure something else (--multiple-choice FILE, --lm-eval TASK, --efficiency)"
+        )
+
+
+def _check_experiment(name: str) -> None:
+    path = Path(name)
+    how = _how_to_name()
+    if path.suffix == ".py":
+        if not path.is_file():
+            near = near_names(path.name, (other.name for other in path.parent.glob("*.py")))
+            raise ValueError(f"there is no Python file {path}.{near}")
+    elif name not in built_in_experiments():
+        if path.suffix in _CONFIG_SUFFIXES:
+            raise ValueError(f"{name} is no experiment: {how}")
+        if (path / "config.json").is_file() or (path / "model.json").is_file():
+            raise ValueError(
+                f"{name} is a run or a model: continue a run with --resume {name}, or start from its "
+                f"parameters with --init-from {name}"
+            )
+        if path.exists():
+            raise ValueError(f"{name} is no experiment: {how}. A text is named with --data.path {name}")
+        near = near_names(name, built_in_experiments())
+        raise ValueError(f"there is no built-in experiment {name!r}.{near} {how[0].upper()}{how[1:]}")
+
+
+def _check_names(command: str, options: Sequence[str]) -> None:
+    """Raise ValueError for an option with a part that no field has."""
+    for argument in options:
+        name = argument.removeprefix("--").partition("=")[0].replace("_", "-")
+        if not argument.startswith("--") or not name:
+            continue
+        if name in _CONFIG_OPTIONS:
+            raise ValueError(f"slmjax {command} has no option --{name}: {_how_to_name()}")
+        parts = name.split(".")
+        for index, part in enumerate(parts):
+            if _is_known(part):
+                continue
+            # Names of fields, with the rest of the path as it is.
+            known = [*ALIASES, *(field.replace("_", "-") for field in fields())]
+            near = difflib.get_close_matches(part, known, n=2, cutoff=0.6)
+            paths = [".".join([*parts[:index], other, *parts[index + 1 :]]) for other in near]
+            hint = f" Did you mean {' or '.join(f'--{path}' for path in paths)}?" if paths else ""
+            raise ValueError(
+                f"slmjax {command} has no option --{name}.{hint} `slmjax {command} --help all` lists them"
+            )
+
+
+def _is_known(part: str) -> bool:
+    name = part.replace("-", "_")
+    return part.isdigit() or part in ALIASES or name in fields() or name.removeprefix("no_") in fields()
+
+
+def _check_paths(options: Sequence[str]) -> None:
+    for option, what in _DIRECTORIES.items():
+        path = peek_option(options, f"--{option}")
+        if path is not None and path != "None" and not Path(path).is_dir():
+            raise ValueError(_missing(f"--{option} {path}", what))
+    for option in ("--data.path", "--data-path", "--code"):
+        text = peek_option(options, option)
+        if text is None or text == "None" or glob.has_magic(text):
+            continue
+        path = Path(text).expanduser()
+        if not path.exists():
+            siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+            near = near_names(path.name, siblings)
+            raise ValueError(f"{option} {text} does not exist (looked in {path.parent.absolute()}).{near}")
+
+
+def _missing(what: str, instead: str) -> str:
+    path = Path(what.rpartition(" ")[2])
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = near_names(path.name, siblings)
+    return f"{what} is no directory that exists.{near} Name {instead}"
