@@ -13,7 +13,7 @@ from pathlib import Path
 
 from slmjax.cli.fields import ALIASES
 from slmjax.cli.options import asks_for_help, peek_option, split_experiment, split_positional
-from slmjax.cli.source import built_in_experiments, fields
+from slmjax.cli.source import built_in_experiments, field_kinds
 from slmjax.config import near_names
 
 _TRAINED = "the directory that the last line of `slmjax train` printed"
@@ -41,8 +41,8 @@ def check(command: str, argv: Sequence[str]) -> None:
     if command in _READING:
         _check_reading(command, argv)
     takes_experiment = command in ("train", "data", "formats")
-    words = split_positional(argv)[1] if command in ("data", "formats") else argv
-    name, options = split_experiment(words) if takes_experiment else (None, list(words))
+    after_action = split_positional(argv)[1] if command in ("data", "formats") else argv
+    name, options = split_experiment(after_action) if takes_experiment else (None, list(after_action))
     if name is not None and command != "formats":
         _check_experiment(name)
     # A file of the user's may define classes with other fields, and a run may name them.
@@ -53,17 +53,17 @@ def check(command: str, argv: Sequence[str]) -> None:
 
 
 def _check_reading(command: str, argv: Sequence[str]) -> None:
-    words = [argument for argument in argv if not argument.startswith("-")]
-    if not words:
+    positionals = [argument for argument in argv if not argument.startswith("-")]
+    if not positionals:
         raise ValueError(
             f"slmjax {command} needs {'RUN_DIR' if command != 'quantize' else 'RUN_OR_MODEL_DIR'}: name "
             f"{_READING[command]}. `slmjax {command} --help` lists the options"
         )
-    first = Path(words[0])
+    first = Path(positionals[0])
     # Only where it stands first: elsewhere it may be the value of an option.
-    if argv[0] == words[0] and not first.exists():
+    if argv[0] == positionals[0] and not first.exists():
         raise ValueError(_missing(argv[0], _READING[command]))
-    if command == "eval" and argv[0] == words[0]:
+    if command == "eval" and argv[0] == positionals[0]:
         _check_text(first, argv)
 
 
@@ -112,7 +112,7 @@ def _check_names(command: str, options: Sequence[str]) -> None:
             if _is_known(part):
                 continue
             # Names of fields, with the rest of the path as it is.
-            known = [*ALIASES, *(field.replace("_", "-") for field in fields())]
+            known = [*ALIASES, *(field.replace("_", "-") for field in field_kinds())]
             near = difflib.get_close_matches(part, known, n=2, cutoff=0.6)
             paths = [".".join([*parts[:index], other, *parts[index + 1 :]]) for other in near]
             hint = f" Did you mean {' or '.join(f'--{path}' for path in paths)}?" if paths else ""
@@ -123,7 +123,12 @@ def _check_names(command: str, options: Sequence[str]) -> None:
 
 def _is_known(part: str) -> bool:
     name = part.replace("-", "_")
-    return part.isdigit() or part in ALIASES or name in fields() or name.removeprefix("no_") in fields()
+    return (
+        part.isdigit()
+        or part in ALIASES
+        or name in field_kinds()
+        or name.removeprefix("no_") in field_kinds()
+    )
 
 
 def _check_paths(options: Sequence[str]) -> None:

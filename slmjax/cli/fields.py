@@ -57,15 +57,15 @@ def options_of(cls: type, default: Any = None) -> list[Option]:
 def _options(cls: type, value: Any, *, path: str, about: str) -> Iterator[Option]:
     comments = _comments(cls)
     for field in dataclasses.fields(cls):
-        held = getattr(value, field.name) if value is not None else field.default
+        default = getattr(value, field.name) if value is not None else field.default
         hint, marks = _hint(field.type, cls, field.name)
         name = field.name.replace("_", "-")
         comment = comments.get(field.name, "")
         below = path if _is_unnamed(marks) else f"{path}.{name}" if path else name
-        if dataclasses.is_dataclass(held) and not isinstance(held, type):
-            yield from _options(type(held), held, path=below, about=comment or _summary(type(held)))
-        elif isinstance(held, tuple) and held and all(map(dataclasses.is_dataclass, held)):
-            for index, item in enumerate(held):
+        if dataclasses.is_dataclass(default) and not isinstance(default, type):
+            yield from _options(type(default), default, path=below, about=comment or _summary(type(default)))
+        elif isinstance(default, tuple) and default and all(map(dataclasses.is_dataclass, default)):
+            for index, item in enumerate(default):
                 yield from _options(type(item), item, path=f"{below}.{index}", about=_summary(type(item)))
         elif not _holds_configs(hint):
             metavar = next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), None)
@@ -73,7 +73,7 @@ def _options(cls: type, value: Any, *, path: str, about: str) -> Iterator[Option
             yield Option(
                 name=metavar or below,
                 kind="" if is_flag or metavar else _kind(hint),
-                default="" if held in (dataclasses.MISSING, None, False) else _shown(held),
+                default="" if default in (dataclasses.MISSING, None, False) else _shown(default),
                 about=comment,
                 group=path,
                 group_about=about,
@@ -176,7 +176,7 @@ def _summary(cls: type) -> str:
 
 
 # Short names ------------------------------------------------------------------------------------------------
-# Everyday names of fields, beside the last part of a path, which is accepted where it is unique.
+# Everyday names of fields. The last part of a path is accepted, too, where it is unique.
 ALIASES = {
     "batch-size": "data.batch-size",
     "dtype": "model.precision",

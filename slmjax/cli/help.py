@@ -121,7 +121,7 @@ def _group_lines(options: Sequence[Option]) -> Iterator[str]:
         if option.group:
             tops.setdefault(_top(option), []).append(option)
     for name, members in tops.items():
-        about = next((one.group_about for one in members if one.group == name), members[0].group_about)
+        about = next((item.group_about for item in members if item.group == name), members[0].group_about)
         needs = f", with {members[0].needs}" if members[0].needs else ""
         yield from _entry(f"{name} ({len(members)}{needs})", about)
 

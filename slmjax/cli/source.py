@@ -49,9 +49,9 @@ def _is_table(node: ast.AnnAssign) -> bool:
 
 
 @functools.cache
-def fields() -> dict[str, frozenset[str]]:
+def field_kinds() -> dict[str, frozenset[str]]:
     """Return the fields of all dataclasses with settings, each with the first words of its annotations."""
-    found: dict[str, set[str]] = {}
+    kinds_of: dict[str, set[str]] = {}
     paths = (path for folder in _WITH_SETTINGS for path in (_PACKAGE / folder).rglob("*.py"))
     for path in paths:
         indent = None  # of the dataclass that the lines belong to
@@ -63,12 +63,12 @@ def fields() -> dict[str, frozenset[str]]:
                 if depth <= indent and not line.lstrip().startswith(("class ", "@", ")")):
                     indent = None
                 elif match := re.match(rf" {{{indent + 4}}}(\w+): (\w+)", line):
-                    found.setdefault(match[1], set()).add(match[2])
-    return {name: frozenset(kinds) for name, kinds in found.items()}
+                    kinds_of.setdefault(match[1], set()).add(match[2])
+    return {name: frozenset(kinds) for name, kinds in kinds_of.items()}
 
 
 def is_flag(option: str) -> bool:
     """Return whether an option is of a boolean and takes no value: `--json`, `--eval.no-unrounded`."""
     name = option.rpartition(".")[2].lstrip("-").replace("-", "_")
-    kinds = [fields().get(spelling) for spelling in (name, name.removeprefix("no_"))]
+    kinds = [field_kinds().get(spelling) for spelling in (name, name.removeprefix("no_"))]
     return name in ("help", "h") or frozenset({"bool"}) in kinds

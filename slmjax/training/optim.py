@@ -175,8 +175,8 @@ def num_warmup_steps(config: OptimConfig, *, total_steps: int) -> int:
     asked = _asked_warmup(config, total_steps)
     # At least one step has the peak rate: with wsd the first of the decay, which begins there.
     after = _num_decay_steps(config, total_steps) if config.schedule is Schedule.WSD else 1
-    room = total_steps - after
-    return asked if asked <= room else min(int(SHORTENED_WARMUP * total_steps), room)
+    longest = total_steps - after
+    return asked if asked <= longest else min(int(SHORTENED_WARMUP * total_steps), longest)
 
 
 def warn_of_shortened_warmup(config: OptimConfig, *, total_steps: int) -> None:
