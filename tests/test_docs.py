@@ -31,6 +31,7 @@ import pytest
 from benchmarks import study_picture
 from slmjax import cli, losses
 from slmjax.cli import COMMANDS
+from slmjax.cli.fields import full_names, options_of
 from slmjax.formats.presets import PRESETS
 from slmjax.models import architecture, zoo
 from slmjax.models.decoder import logits
@@ -264,7 +265,13 @@ def test_options_in_the_text_are_options() -> None:
 
 
 def is_setting(option: str) -> bool:
-    """Whether an option is the path of a field of an experiment; the kinds of abstract configs have more."""
+    """Whether an option is the path of a field of an experiment, or a short name of a field of `nano`.
+
+    The kinds of abstract configs have more fields.
+    """
+    nano = recipes.load_experiment("nano")
+    with contextlib.suppress(ValueError):
+        return bool(full_names([option], options_of(Experiment, nano), command="train"))
     return has_field(Experiment, option.removeprefix("--").replace("-", "_").split("."))
 
 

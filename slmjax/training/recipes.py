@@ -78,7 +78,7 @@ def finetune() -> Experiment:
         data=DataConfig(sequence_length=512, batch_size=8),
         # Rates that keep what a model has learnt, and a short warm-up as the moments begin at zero.
         optim=OptimConfig(
-            lr=3e-5,
+            lr=5e-5,
             schedule=Schedule.COSINE,
             min_lr_ratio=0.0,
             warmup_steps=0.05,
