@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +93,11 @@ def test_damage_follows_from_the_seed(tmp_path: Path) -> None:
     assert results[:40] == results[40:]
     changed = [content for _, content in results if content != json.dumps(value).encode()]
     assert len(changed) > 76, "damage changes the file, but for a flip that meets its own value"
+
+
+def test_tests_that_the_page_names_exist() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 10
+    for path, function in named:
+        assert f"def {function}" in (ROOT / path).read_text(), f"{path} has no {function}"
