@@ -38,22 +38,14 @@ def disk(lab: Lab, case: Case) -> Outcome:
 # Training ---------------------------------------------------------------------------------------------------
 def _by_hook(lab: Lab, case: Case) -> Outcome:
     action = case.rng.choice(("full", "readonly"))
-    point = case.rng.choice(
-        (
-            "checkpoint.save:*",
-            f"checkpoint.save:{case.rng.choice((4, 6, 8, 12))}",
-            f"checkpoint.committed:{case.rng.choice((4, 6, 8, 12))}",
-            f"checkpoint.verified:{case.rng.choice((4, 6, 8, 12))}",
-            "log.write:*",
-            f"log.write:{case.rng.randrange(1, 13)}",
-            f"file.replace:{case.rng.randrange(1, 16)}",
-            "file.replace:*",
-            "data.part",
-        )
-    )
+    # A disk that is full stays so, or another program makes space again. Steps and evaluations write nothing.
+    names = ("checkpoint.save", "checkpoint.committed", "checkpoint.verified", "log.write", "file.replace")
+    name = case.rng.choice((*names, "data.part"))
+    passed = [point for point in lab.points if point.startswith(name)]
+    point = f"{name}:*" if case.rng.random() < 0.4 else case.rng.choice(passed)
     case.describe(f"{action} at {point}")
     with lab.scratch() as folder:
-        environment = {"SLMJAX_CACHE": str(folder / "cache")} if point == "data.part" else {}
+        environment = {"SLMJAX_CACHE": str(folder / "cache")} if name == "data.part" else {}
         if case.rng.random() < 0.5 and not environment:
             run = lab.copy("begun", folder)
             end = lab.resume(run, plan=Plan(fault=f"{point}={action}"))

@@ -67,6 +67,9 @@ class Lab:
 
     work: Path
     seconds: float = 0.0  # that a whole session takes
+    points: list[str] = dataclasses.field(
+        default_factory=list
+    )  # of the hook, as POINT:STEP, that a run passes
     reference: Trace | None = None
 
     @property
@@ -89,12 +92,28 @@ class Lab:
         faults = {"done": "", "part": "checkpoint.verified:8=kill", "begun": "checkpoint.save:4=kill"}
         for name, fault in faults.items():
             self._train(name, fault)
+        self.points = self._passed_points()
         end = self._train("done", "")  # a second time, for its duration: the programs are compiled now
         self.seconds = end.seconds
         self.reference = self.trace(self.run("done"))
         steps = sorted(self.reference.losses)
         assert len(self.reference.parameters) == 64, self.reference.parameters
         assert steps == [*range(1, STEPS + 1)], f"the reference has the steps {steps}"
+
+    def _passed_points(self) -> list[str]:
+        """Return where a new run, which prepares its data too, passes the hook."""
+        from slmjax import faults
+
+        with self.scratch() as folder:
+            written = folder / "points"
+            environment = {"SLMJAX_CACHE": str(folder / "cache")}
+            plan = Plan(in_child=functools.partial(_write_points, written), environment=environment)
+            end = session(["train", "tiny.py"], folder=folder, plan=plan)
+            assert end.status == 0, end.output
+            passed = dict.fromkeys(written.read_text().split())
+        # A point that no run passes is one that nobody has put into the code, which its injection shows.
+        missing = [point for point in faults.POINTS if not any(name.startswith(point) for name in passed)]
+        return [*passed, *missing]
 
     def _train(self, name: str, fault: str) -> End:
         root = self.work / f"made-{name}"
@@ -237,6 +256,24 @@ def contents(run: Path) -> dict[str, str]:
 def digest_path(run: Path) -> Path:
     """Return the file next to a run that has the digest of its last parameters."""
     return run.parent / f".digest-{run.name}"
+
+
+def _write_points(path: Path) -> None:
+    """Write each point of the hook that this process passes to a file; called in the child."""
+    import collections
+
+    from slmjax import faults
+
+    original = faults.at
+    counts: collections.Counter[str] = collections.Counter()
+
+    def at(point: str, step: int | None = None) -> None:
+        counts[point] += step is None
+        with path.open("a") as stream:
+            stream.write(f"{point}:{counts[point] if step is None else step}\n")
+        original(point, step)
+
+    faults.at = at
 
 
 # Parameters -------------------------------------------------------------------------------------------------

@@ -20,19 +20,6 @@ TRAIN = ("train", "tiny.py")
 GRACE = 15.0
 AT_ONCE = 5.0  # after a second signal
 
-# Hook points of a training run with the steps at which it passes them. Where the hook counts executions, the
-# number is the count.
-STEPPED = {
-    "step": range(1, 13),
-    "log.write": range(1, 30, 3),
-    "checkpoint.save": (4, 6, 8, 12),
-    "checkpoint.committed": (4, 6, 8, 12),
-    "checkpoint.verified": (4, 6, 8, 12),
-    "file.replace": range(1, 16),
-    "evaluation.batch": range(1, 7),
-}
-POINTS = ["run.created", "data.part", *(f"{point}:{step}" for point in STEPPED for step in STEPPED[point])]
-
 
 # Killed -----------------------------------------------------------------------------------------------------
 def kill(lab: Lab, case: Case) -> Outcome:
@@ -44,18 +31,20 @@ def kill(lab: Lab, case: Case) -> Outcome:
 def _kill_at_point(lab: Lab, case: Case) -> Outcome:
     """Kill a new run at a hook point; all points come in turn."""
     index = case.number // 6 * 2 + case.number % 6
-    point = POINTS[index % len(POINTS)]
+    point = lab.points[index % len(lab.points)]
     case.describe(f"SIGKILL at {point} of a new run")
     with lab.scratch() as folder:
         end = session(
             TRAIN, folder=folder, plan=Plan(fault=f"{point}=kill", environment=_own_cache(folder, point))
         )
+        if end.status == 0:
+            raise Defect(f"the point {point} was not passed: nothing was injected")
         return _after_kill(lab, folder, end)
 
 
 def _own_cache(folder: Path, point: str) -> dict[str, str]:
     # With the campaign's cache no data would be prepared.
-    return {"SLMJAX_CACHE": str(folder / "cache")} if point == "data.part" else {}
+    return {"SLMJAX_CACHE": str(folder / "cache")} if point.startswith("data.part") else {}
 
 
 def _kill_anywhere(lab: Lab, case: Case) -> Outcome:
@@ -83,7 +72,7 @@ def _kill_resumed(lab: Lab, case: Case) -> Outcome:
 
 def _kill_often(lab: Lab, case: Case) -> Outcome:
     """Kill a run and two of its resumptions at random hook points."""
-    points = [case.rng.choice(POINTS[2:]) for _ in range(2)]
+    points = [case.rng.choice(lab.points) for _ in range(2)]
     case.describe(f"SIGKILL at {points[0]}, resumed, SIGKILL at {points[1]}, resumed")
     with lab.scratch() as folder:
         run = lab.copy("begun", folder)
@@ -180,7 +169,7 @@ def _signal_anywhere(lab: Lab, case: Case, *, is_doubled: bool = False, is_resum
 def _signal_at_point(lab: Lab, case: Case) -> Outcome:
     number = case.rng.choice(("term", "int"))
     index = case.number // 7 * 2 + (case.number % 7 == 3)
-    point = POINTS[index % len(POINTS)]
+    point = lab.points[index % len(lab.points)]
     case.describe(f"{number} at {point} of a new run")
     with lab.scratch() as folder:
         plan = Plan(fault=f"{point}={number}", environment=_own_cache(folder, point))

@@ -97,25 +97,25 @@ def _newest_read(lab: Lab, case: Case) -> Outcome:
 
 def _require_known_loss(lab: Lab, output: str) -> None:
     """Raise Defect unless `slmjax eval` printed the loss of an undamaged checkpoint."""
-    value = json.loads(output[output.index("{") : output.rindex("}") + 1])
-    known = _losses(lab)
-    if value.get("loss") not in known:
-        raise Defect(f"`slmjax eval` printed the loss {value.get('loss')}, and checkpoints have {known}")
+    known = _known_losses(lab.work)
+    if (loss := _printed_loss(output)) not in known:
+        raise Defect(f"`slmjax eval` printed the loss {loss}, and checkpoints have {known}")
 
 
 @functools.cache
-def _known(work: Path) -> list[float]:
+def _known_losses(work: Path) -> list[float]:
+    """Return the held-out losses of the finished run's checkpoints."""
     run = work / "pool" / "done"
     losses = []
     for step in _steps(run):
         end = session(["eval", "done", "--json", "--step", str(step)], folder=run.parent)
         assert end.status == 0, end.output
-        losses.append(json.loads(end.output[end.output.index("{") : end.output.rindex("}") + 1])["loss"])
+        losses.append(_printed_loss(end.output))
     return losses
 
 
-def _losses(lab: Lab) -> list[float]:
-    return _known(lab.work)
+def _printed_loss(output: str) -> float:
+    return json.loads(output[output.index("{") : output.rindex("}") + 1])["text"]["loss"]
 
 
 def _steps(run: Path) -> list[int]:
