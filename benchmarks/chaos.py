@@ -194,9 +194,11 @@ def main() -> int:
     options = {"work": arguments.work, "seed": arguments.seed, "injections": arguments.injections}
     if arguments.only:
         kind, _, number = arguments.only.rpartition(":")
-        with tempfile.TemporaryDirectory() as scratch:
-            out = Path(scratch) / "repeated.jsonl"
-            records = campaign(**options, cases=[(kind, int(number))], out=out, workers=1, loud=True)
+        # Not a TemporaryDirectory: forked sessions would delete it as they exit.
+        scratch = Path(tempfile.mkdtemp(prefix="chaos-"))
+        out = scratch / "repeated.jsonl"
+        records = campaign(**options, cases=[(kind, int(number))], out=out, workers=1, loud=True)
+        shutil.rmtree(scratch)
     else:
         records = campaign(
             **options,

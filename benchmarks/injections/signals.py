@@ -87,8 +87,8 @@ def _kill_command(lab: Lab, case: Case) -> Outcome:
     delay = case.rng.uniform(0, 0.8 * lab.seconds)
     argv = case.rng.choice(
         (
-            ("export", "run", "--to", "hf", "--out", "exported"),
-            ("quantize", "run", "--format", "q8_0", "--output", "quantized"),
+            ("export", "run", "exported", "--to", "hf"),
+            ("quantize", "run", "quantized", "--format", "q8_0"),
             ("report", "run"),
             ("data", "prepare", "--data.path", "text.txt", "--data.split", "tail"),
         )

@@ -66,6 +66,7 @@ _UNCLEAN = (
     "terminate called",
     "Segmentation fault",
 )
+_ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit|File)\b|Exception ignored|File \"")
 # A refusal names a way out. These are the verbs that messages of the package use for it.
 _WAYS_OUT = re.compile(
     r"\b(add|ask|begin|change|check|choose|convert|copy|create|delete|download|export|free|give|import|"
@@ -81,7 +82,11 @@ def require_clean(end: End, *, activity: str) -> None:
         raise Defect(f"{activity}: hangs, killed after {end.seconds:.0f} s: {tail(end)}")
     for mark in _UNCLEAN:
         if mark in end.output:
-            raise Defect(f"{activity}: status {end.status} with {mark!r}: {tail(end)}")
+            # The last lines of a traceback say most.
+            at = end.output.index(mark)
+            lines = [line.strip() for line in end.output[at : at + 20_000].splitlines() if line.strip()]
+            errors = [line for line in lines if _ERROR.match(line)]
+            raise Defect(f"{activity}: status {end.status} with {mark!r}: {errors[:3]} {tail(end, 400)}")
 
 
 def require_refusal(end: End, *, activity: str, names: Sequence[str] = ()) -> None:
