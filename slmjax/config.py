@@ -34,6 +34,8 @@ class ConfigError(ValueError):
 
 log = logging.getLogger(__name__)
 
+_LARGEST_INT = 2**63 - 1
+
 # Keys of a field's metadata.
 _BEFORE = "slmjax.before"
 _FORMER_NAME = "slmjax.former_name"
@@ -149,7 +151,9 @@ def loads(cls: type[T], text: str) -> T:
     try:
         # Python's json accepts NaN and duplicate keys by default.
         data = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
+    except ConfigError:
+        raise
+    except ValueError as error:  # also an integer of thousands of digits
         raise ConfigError(f"not JSON: {error}") from error
     except RecursionError as error:
         raise ConfigError("not a config: nested too deeply") from error
@@ -374,9 +378,15 @@ def _mismatch(data: Any, hint: Any, members: list[Any]) -> str:
     elif isinstance(data, dict | list):
         actual = type(data).__name__
     else:
-        actual = f"{type(data).__name__} {data!r}"
+        actual = f"{type(data).__name__} {_shortened(data)}"
     hint_text = near_names(data, options) if isinstance(data, str) else ""
     return f"expected {_type_name(hint)}{allowed}, found {actual}.{hint_text}"
+
+
+def _shortened(value: Any) -> str:
+    """Return a value for an error; of a long one, which a damaged file may have, the beginning."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _decode_value(data: Any, hint: Any, path: str) -> tuple[bool, Any]:
@@ -401,6 +411,9 @@ def _decode_value(data: Any, hint: Any, path: str) -> tuple[bool, Any]:
     # JSON does not distinguish 1 and 1.0.
     if hint is float and type(data) in (int, float):
         return _is_finite_float(data), float(data) if _is_finite_float(data) else None
+    # Larger integers mean nothing in a config, and no array takes them.
+    if hint is int and type(data) is int and abs(data) > _LARGEST_INT:
+        return False, None
     return hint in (bool, int, str) and type(data) is hint, data
 
 
@@ -489,11 +502,11 @@ def _chosen_class(data: dict[str, Any], hints: list[Any], path: str) -> type:
         return hints[0]
     if name is None:
         raise ConfigError(f"{_join(path, 'type')}: missing; give one of {', '.join(sorted(options))}")
-    if name not in options:
+    if not isinstance(name, str) or name not in options:
         hint = near_names(name, options) if isinstance(name, str) else ""
         known = ", ".join(sorted(options))
         raise ConfigError(
-            f"{_join(path, 'type')}: {name!r} is not one of {known}.{hint} "
+            f"{_join(path, 'type')}: {_shortened(name)} is not one of {known}.{hint} "
             "A class of your own is known once its file is named with --code FILE."
         )
     return options[name]

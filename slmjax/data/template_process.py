@@ -3,7 +3,7 @@
     text = render(template, values)      # the process is started by the first call, and kept
 
 A template is a program from a model's directory. Whatever it computes, it is stopped after MAX_SECONDS of CPU
-time or MAX_MEMORY bytes, and training or serving goes on. The process has no environment variables of this
+time or MAX_MEMORY bytes, and training or serving continues. The process has no environment variables of this
 one, cannot write files, and ends with this one.
 """
 

@@ -22,6 +22,10 @@ from slmjax.models.mixers.attention import AttentionConfig, with_rope_fraction, 
 from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.models.protocols import FfnConfig, MixerConfig
 
+# More is a mistake, or a file that is made to take all memory and time.
+MOST_LAYERS = 4096
+MOST_BLOCKS = 1024  # different ones, each of which is built and compiled
+
 # A config that is read from JSON finds its class among the imported ones: these are imported with the model.
 PARTS: tuple[type, ...] = (AttentionConfig, LatentAttentionConfig, MlpConfig, MoeConfig)
 
@@ -119,6 +123,14 @@ class ModelConfig:
         if self.embed_dim < 1 or not self.stack:
             raise ValueError(
                 f"a model needs embed_dim >= 1 and at least one layer group, got embed_dim={self.embed_dim}"
+            )
+        # Before anything counts or builds the layers one by one.
+        depth = sum(group.repeats * sum(block.num_loops for block in group.pattern) for group in self.stack)
+        compiled = sum(len(group.pattern) for group in self.stack)
+        if depth > MOST_LAYERS or compiled > MOST_BLOCKS:
+            raise ValueError(
+                f"the stack has {depth:,} layers, loops included, of {compiled:,} blocks: at most "
+                f"{MOST_LAYERS:,} and {MOST_BLOCKS:,} are supported"
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is a rate between 0 and 1, got {self.dropout}")
