@@ -34,8 +34,6 @@ class ConfigError(ValueError):
 
 log = logging.getLogger(__name__)
 
-_LARGEST_INT = 2**63 - 1
-
 # Keys of a field's metadata.
 _BEFORE = "slmjax.before"
 _FORMER_NAME = "slmjax.former_name"
@@ -157,7 +155,21 @@ def loads(cls: type[T], text: str) -> T:
         raise ConfigError(f"not JSON: {error}") from error
     except RecursionError as error:
         raise ConfigError("not a config: nested too deeply") from error
+    try:
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError("a text has half of a surrogate pair, which is no character") from error
     return from_json(cls, data)
+
+
+def read_file(cls: type[T], path: Path) -> T:
+    """Return `loads` of a file. Raises ConfigError, which names the file, also if it cannot be read."""
+    try:
+        return loads(cls, path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at {error.start})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def fingerprint(tree: Any) -> str:
@@ -411,9 +423,6 @@ def _decode_value(data: Any, hint: Any, path: str) -> tuple[bool, Any]:
     # JSON does not distinguish 1 and 1.0.
     if hint is float and type(data) in (int, float):
         return _is_finite_float(data), float(data) if _is_finite_float(data) else None
-    # Larger integers mean nothing in a config, and no array takes them.
-    if hint is int and type(data) is int and abs(data) > _LARGEST_INT:
-        return False, None
     return hint in (bool, int, str) and type(data) is hint, data
 
 

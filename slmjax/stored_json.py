@@ -48,7 +48,13 @@ def parse_json(content: bytes | str, *, name: str, remedy: str) -> Any:
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
-        return json.loads(text)
+        value = json.loads(text)
+        # Half of a surrogate pair is no text: it could neither be shown nor written again.
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UnicodeEncodeError as error:
+        raise DamagedFile(f"{name} has half of a surrogate pair in a text: {remedy}") from error
     except UnicodeDecodeError as error:
         raise DamagedFile(f"{name} is not UTF-8 text ({error.reason} at {error.start}): {remedy}") from error
     except json.JSONDecodeError as error:
@@ -60,24 +66,36 @@ def parse_json(content: bytes | str, *, name: str, remedy: str) -> Any:
         raise DamagedFile(f"{name} cannot be read ({error}): {remedy}") from error
 
 
-def read_object(path: Path, fields: Mapping[str, type] | None = None, *, remedy: str) -> dict[str, Any]:
+Fields = Mapping[str, type]
+
+
+def read_object(
+    path: Path, fields: Fields | None = None, *, optional: Fields | None = None, remedy: str
+) -> dict[str, Any]:
     """Return the object in a JSON file, which must have these fields with values of these types.
 
     Args:
       path: the file.
       fields: types of the fields that must be present; `float` admits integers, and `int` no booleans.
         Other fields are not looked at.
+      optional: types of fields that may be absent or null.
       remedy: what to do if the file is damaged, the end of a sentence.
 
     Raises:
       FileNotFoundError: there is no such file.
       DamagedFile: the file is damaged, no object, or has a field that is missing or of another type.
     """
-    return check_object(read_json(path, remedy=remedy), fields, name=str(path), remedy=remedy)
+    value = read_json(path, remedy=remedy)
+    return check_object(value, fields, optional=optional, name=str(path), remedy=remedy)
 
 
 def check_object(
-    value: Any, fields: Mapping[str, type] | None = None, *, name: str, remedy: str
+    value: Any,
+    fields: Fields | None = None,
+    *,
+    optional: Fields | None = None,
+    name: str,
+    remedy: str,
 ) -> dict[str, Any]:
     """Return `value` if it is an object with these fields, as `read_object` describes.
 
@@ -86,14 +104,37 @@ def check_object(
     """
     if not isinstance(value, dict):
         raise DamagedFile(f"{name} holds {_described(value)}, not an object: {remedy}")
-    for field, kind in (fields or {}).items():
+    for field in fields or {}:
         if field not in value:
             raise DamagedFile(f"{name} has no field {field!r}: {remedy}")
+    present = {field: kind for field, kind in (optional or {}).items() if value.get(field) is not None}
+    for field, kind in {**(fields or {}), **present}.items():
         if not _is_a(value[field], kind):
             raise DamagedFile(
                 f"{name} has {_described(value[field])} as {field!r}, not {_NAMES[kind]}: {remedy}"
             )
     return value
+
+
+def check_list(
+    value: Any,
+    fields: Fields | None = None,
+    *,
+    optional: Fields | None = None,
+    name: str,
+    remedy: str,
+) -> list[dict[str, Any]]:
+    """Return `value` if it is a list of objects with these fields, as `read_object` describes.
+
+    Raises:
+      DamagedFile: it is not.
+    """
+    if not isinstance(value, list):
+        raise DamagedFile(f"{name} holds {_described(value)}, not a list: {remedy}")
+    return [
+        check_object(item, fields, optional=optional, name=f"entry {number} of {name}", remedy=remedy)
+        for number, item in enumerate(value, start=1)
+    ]
 
 
 def _is_a(value: Any, kind: type) -> bool:

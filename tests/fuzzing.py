@@ -130,6 +130,10 @@ def try_once(kind: Kind, directory: Path, *, seed: int) -> Attempt:
         if kind.names_file and path.name not in detail and str(path.parent) not in detail:
             outcome = Outcome.DEFECT
             detail = f"does not name {path.name}: {_described(error)}"
+        # Half of a surrogate pair ends the printing of an error in another one.
+        if detail.encode("utf-8", "replace").decode() != detail:
+            outcome = Outcome.DEFECT
+            detail = f"cannot be printed: {_described(error)}"
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception
@@ -200,7 +204,7 @@ def _described(error: BaseException) -> str:
     """Return the error with the last lines of the program that raised it."""
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
-    return f"{type(error).__name__}: {str(error)[:300]} ({where})"
+    return ascii(f"{type(error).__name__}: {str(error)[:300]} ({where})")
 
 
 # Reading ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 from slmjax import config as config_io
 from slmjax.models.architecture import ModelConfig
 from slmjax.quantization.rules import QuantPhase, check_phases
+from slmjax.stored_json import read_object
 
 NAME = "model.json"
 
@@ -46,9 +47,9 @@ def read_config(path: Path) -> ModelConfig:
       ValueError: this is no such directory, or its model.json is damaged.
     """
     try:
-        return config_io.loads(ModelConfig, _text(path))
+        return config_io.read_file(ModelConfig, _file(path))
     except config_io.ConfigError as error:
-        raise ValueError(f"{path / NAME} is damaged: {error}") from error
+        raise ValueError(f"{error}. {_REMEDY.capitalize()}") from error
 
 
 def read_quant_phases(path: Path) -> tuple[QuantPhase, ...]:
@@ -57,19 +58,22 @@ def read_quant_phases(path: Path) -> tuple[QuantPhase, ...]:
     Raises:
       ValueError: as `read_config`.
     """
-    text = _text(path)
+    file = _file(path)
     # The architecture is checked by `read_config`: here only the phases are read.
+    fields = read_object(file, remedy=_REMEDY)
     try:
-        fields = json.loads(text)
         return config_io.from_json(_Phases, {"quant": fields.get("quant", [])}).quant
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path / NAME} is damaged: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}. {_REMEDY.capitalize()}") from error
 
 
-def _text(path: Path) -> str:
+_REMEDY = "copy it again from where the model is from, or restore it from a backup"
+
+
+def _file(path: Path) -> Path:
     if not (path / NAME).is_file():
         raise ValueError(
             f"{path} is neither a run directory nor an imported model: it has no {NAME}. Name the directory "
             "that the last line of `slmjax train` printed, or one that `slmjax import` wrote"
         )
-    return (path / NAME).read_text(encoding="utf-8")
+    return path / NAME

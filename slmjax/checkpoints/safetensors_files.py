@@ -30,6 +30,7 @@ from slmjax.formats.spec import QuantSpec
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.paths import logical_paths
 from slmjax.quantization.weights import decode_matrices
+from slmjax.stored_json import read_object
 
 DIRECTORY = "weights"  # of an imported model's directory
 INDEX = "model.safetensors.index.json"
@@ -157,13 +158,8 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
     if single.is_file():
         return [single], {}
     if index.is_file():
-        try:
-            files = {
-                str(name): str(file)
-                for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{index} is damaged ({error!r}): copy it again") from error
+        listed = read_object(index, {"weight_map": dict}, remedy="copy it again")["weight_map"]
+        files = {name: str(file) for name, file in listed.items()}
         # An index may come from anywhere: it must not name files outside its directory.
         if outside := [file for file in files.values() if Path(file).name != file]:
             raise ValueError(f"{index} names {outside[0]}, which is not in its directory: it is not followed")
@@ -280,7 +276,13 @@ class ModelFiles:
             return self._tensors.read(name, index)
         # Dequantized by the same code as in training, so that the weights are the same to the last bit.
         encoded = jax.tree.map(jax.numpy.asarray, self.encoded(name))
-        return np.asarray(decode_matrices(encoded, stored.spec, axis=stored.axis))[index]
+        try:
+            return np.asarray(decode_matrices(encoded, stored.spec, axis=stored.axis))[index]
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{self.directory}: the codes and scales of {name} are not of the format that {FORMATS} has "
+                f"for it ({error}): copy all files again"
+            ) from error
 
     def encoded(self, name: str) -> Encoded:
         """Return the codes and scales of a parameter that is stored in codes, as NumPy arrays."""
@@ -305,10 +307,10 @@ def _read_formats(path: Path) -> dict[str, StoredFormat]:
     """The contents of `write_formats`; empty for a model without parameters in codes."""
     if not path.is_file():
         return {}
+    formats = read_object(path, remedy="copy it again")
     try:
-        formats = json.loads(path.read_text(encoding="utf-8"))
         return {name: config_io.from_json(StoredFormat, value) for name, value in formats.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again") from error
 
 

@@ -1,7 +1,6 @@
 """A stored model of a run directory or of an imported model directory, read for export."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from slmjax.checkpoints.safetensors_files import StoredFormat
 from slmjax.formats.coding import Encoded
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.paths import logical_paths
+from slmjax.stored_json import read_object
 
 ROWS_PER_TOKEN = ("embed/table", "head/weight")  # tables that may be padded beyond the vocabulary
 
@@ -109,6 +109,14 @@ def _unpadded_codes(name: str, encoded: Encoded, config: ModelConfig) -> Encoded
 
 
 def read_origin(path: Path) -> dict[str, Any]:
-    """Return the record of where an imported model came from; empty for a run."""
+    """Return the record of where an imported model came from; empty for a run.
+
+    Raises:
+      ValueError: it is damaged.
+    """
     file = path / "origin.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    fields: dict[str, type] = {"family": str, "license": str, "files": dict, "quantized": dict}
+    remedy = "import the model again, or delete the file: exports then lack its source and licence"
+    return read_object(file, optional={**fields, "experiment": dict}, remedy=remedy)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from slmjax.config import ConfigError
+from slmjax.config import ConfigError, from_json, to_json
 from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.definition import define, stored_shapes
@@ -248,32 +248,40 @@ def missing_and_extra(
 
 
 def local_parameters(
-    rules: Sequence[BoundRule], read: Callable[[str], np.ndarray]
+    rules: Sequence[BoundRule], read: Callable[[str], np.ndarray], *, where: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield our parameters by logical path, one rule at a time.
 
     Args:
       read: reads one of their tensors.
+      where: name of the file or directory, for messages.
 
     Raises:
       ValueError: a tensor's shape does not match the configuration.
     """
     for rule in rules:
+        shapes: Shapes = []
         # Only the tensors of one rule are in memory at a time.
-        arrays = [read(name) for name in rule.theirs]
         try:
+            arrays = [read(name) for name in rule.theirs]
+            shapes = [array.shape for array in arrays]
             converted = rule.read(arrays)
-        except ValueError as error:
-            raise ValueError(
-                f"{', '.join(rule.theirs)} of shape {arrays[0].shape} does not fit {rule.ours[0]}: {error}"
-            ) from error
+        # A rule moves values between dims: of other shapes it may find too few dims, or entries.
+        except (ValueError, IndexError) as error:
+            what = (
+                f"{', '.join(rule.theirs)} of shape {shapes[0]} does not fit {rule.ours[0]}: "
+                if shapes
+                else ""
+            )
+            message = f"{what}{error}"
+            raise ValueError(message if where in message else f"{where}: {message}") from error
         for name, array, shape in zip(rule.ours, converted, rule.shapes, strict=True):
             # Transposes and reshapes accept any size, so that a wrong width shows only here.
             if array.shape != shape:
                 raise ValueError(
-                    f"{rule.theirs[0]} of shape {arrays[0].shape} gives {name} the shape {array.shape}, but "
-                    f"the configuration requires {shape}: weights and configuration belong to different "
-                    "models"
+                    f"{where}: {rule.theirs[0]} of shape {shapes[0]} gives {name} the shape "
+                    f"{array.shape}, but the configuration requires {shape}: weights and configuration "
+                    "belong to different models"
                 )
             yield name, array
 
@@ -330,10 +338,14 @@ def read_settings(
         for block in model.blocks():
             if isinstance(block.mixer, AttentionConfig):
                 check_rotation(block.mixer, model)
-    # A ConfigError has a message for the user already; it is a ValueError too, so it comes first.
-    except ConfigError:
-        raise
-    except (ValueError, TypeError, ZeroDivisionError, AttributeError, OverflowError) as error:
+        # Dataclasses take values of any type: reading the model as from a file checks all of them.
+        from_json(ModelConfig, to_json(model))
+    # An error of the settings has a message for the user already.
+    except ConfigError as error:
+        if str(error).startswith(where):
+            raise
+        raise ConfigError(f"{where}: {error}") from error
+    except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
         raise ConfigError(f"{where} does not describe a valid {family.architecture}: {error}") from error
     settings.finish()
     if notes is not None:

@@ -67,7 +67,7 @@ def open_file(path: Path) -> ForeignModel:
     return ForeignModel(
         config=model,
         family=architecture,
-        parameters=lambda: local_parameters(rules, lambda name: file.tensors[name].read()),
+        parameters=lambda: local_parameters(rules, lambda name: file.tensors[name].read(), where=str(path)),
         tokenizer=lambda: _tokenizer(path, file),
         about={
             "format": "gguf",
@@ -96,6 +96,8 @@ def family_and_config(
         names = f"{', '.join(known)}.{near_names(str(architecture), known)}"
         raise ConfigError(f"{path} has the architecture {architecture!r}; supported are {names}")
     family = known[architecture]
+    if "token_embd.weight" not in file.tensors:
+        raise ConfigError(f"{path} has no token_embd.weight: it is not a language model, or only part of one")
     return family, read_settings(family, _settings(file, architecture), where=str(path), notes=notes)
 
 
@@ -105,10 +107,6 @@ def _settings(file: GgufFile, architecture: str) -> dict[str, Any]:
     settings: dict[str, Any] = {
         name.removeprefix(prefix): value for name, value in file.metadata.items() if name.startswith(prefix)
     }
-    if "token_embd.weight" not in file.tensors:
-        raise ConfigError(
-            "the file has no token_embd.weight: it is not a language model, or only part of one"
-        )
     # Not from the metadata: `vocab_size` is optional there, and padding rows need not count.
     settings["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     # llama.cpp ties the head if the file has no tensor for it; there is no key.
@@ -149,7 +147,10 @@ def _tokenizer(path: Path, file: GgufFile) -> Tokenizer | None:
     if "tokenizer.ggml.model" not in file.metadata or file.metadata["tokenizer.ggml.model"] == "no_vocab":
         return None
     # Models for chats may name only the end of a turn: it then ends texts too.
-    vocabulary = tokenizer_from_gguf(file.metadata)
+    try:
+        vocabulary = tokenizer_from_gguf(file.metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     eos = vocabulary.eos or vocabulary.end_of_turn
     # Generation would never end, and training could not separate documents.
     if eos is None:

@@ -5,7 +5,6 @@ from a model's directory is run.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,10 +30,14 @@ from slmjax.convert.family import (
 from slmjax.convert.source import FamilyExport, ForeignModel, choose_family
 from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
+from slmjax.stored_json import read_object
 from slmjax.telemetry.run_directory import write_json
 
 # Files of this size can be downloaded in parallel, and fit in the memory of most machines.
 LARGEST_FILE = 2**30  # bytes
+
+
+_REMEDY = "copy it again from the model's directory"
 
 
 # Reading ----------------------------------------------------------------------------------------------------
@@ -50,7 +53,7 @@ def open_directory(directory: Path) -> ForeignModel:
             f"{directory} is not a Hugging Face model: it has no config.json. For a GGUF file, give the path "
             "of the file"
         )
-    values = _read_json(path)
+    values = read_object(path, remedy=_REMEDY)
     # Packed weights have other tensor names and shapes: without this check, the error would be about a
     # missing tensor.
     if values.get("quantization_config"):
@@ -69,7 +72,7 @@ def open_directory(directory: Path) -> ForeignModel:
     return ForeignModel(
         config=model,
         family=family.architecture,
-        parameters=lambda: local_parameters(rules, tensors.read),
+        parameters=lambda: local_parameters(rules, tensors.read, where=str(directory)),
         # Lazy, since a caller that brings its own tokenizer must not fail on a damaged one.
         tokenizer=lambda: _tokenizer(directory, values),
         about={
@@ -84,24 +87,13 @@ def open_directory(directory: Path) -> ForeignModel:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    # RecursionError: JSON nested deeper than Python's stack.
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return values
-
-
 def _family_of(values: dict[str, Any], path: Path) -> Family:
     # transformers writes a list; hand-written files often have a single name.
     listed = values.get("architectures") or []
     names = listed if isinstance(listed, list) else [listed]
     known = {family.architecture: family for family in HF_FAMILIES}
     for name in names:
-        if name in known:
+        if isinstance(name, str) and name in known:
             return known[name]
     named = ", ".join(map(str, names)) or "nothing under architectures"
     raise ConfigError(f"{path} names {named}; supported are {', '.join(known)}.{near_names(named, known)}")
@@ -150,7 +142,7 @@ def _tokenizer(directory: Path, values: dict[str, Any]) -> Tokenizer | None:
     # For chats, generation_config.json lists more ends than config.json: it takes precedence, as in
     # transformers.
     path = directory / "generation_config.json"
-    generation = _read_json(path) if path.is_file() else {}
+    generation = read_object(path, remedy=_REMEDY) if path.is_file() else {}
     listed = {
         kind: generation.get(f"{kind}_token_id", values.get(f"{kind}_token_id")) for kind in ("bos", "eos")
     }

@@ -1,15 +1,17 @@
 """model_card.md of an exported model: architecture, training, quality, data, and fields for its author."""
 
 import collections
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from slmjax.checkpoints.stored_model import LocalModel, read_origin
+from slmjax.data import provenance
 from slmjax.data.lost_text import lost_note
 from slmjax.formats.presets import name_of
 from slmjax.models import zoo
+from slmjax.stored_json import read_object
+from slmjax.telemetry.run_directory import read_result
 
 TO_FILL_IN = "to be filled in"
 
@@ -22,9 +24,8 @@ def write_card(local_model: LocalModel, path: Path, *, title: str, family: str) 
 def _lines(local_model: LocalModel, *, title: str, family: str) -> Iterator[str]:
     origin = read_origin(local_model.path)
     # A run that started from an imported model inherits its licence terms, which the card must show.
-    base = (
-        _json(local_model.path / "config.json").get("init", {}).get("path")
-    )  # model that a run started from
+    settings = _json(local_model.path / "config.json", init=dict)
+    base = (settings.get("init") or {}).get("path")  # model that a run started from
     base_origin = read_origin(Path(base)) if base else {}
     license_name = origin.get("license") or TO_FILL_IN
     yield from (
@@ -47,7 +48,7 @@ def _lines(local_model: LocalModel, *, title: str, family: str) -> Iterator[str]
                 rows += _origin_rows(base_origin)
             yield from _table("Base model", rows)
         yield from _table("Training", _training_rows(local_model))
-        yield from _table("Quality", _quality_rows(_json(local_model.path / "result.json")))
+        yield from _table("Quality", _quality_rows(read_result(local_model.path) or {}))
         yield from _table("Data", _data_rows(local_model.path))
     yield from _table("Licence", [("of the weights", license_name), ("of the training data", TO_FILL_IN)])
     yield from ("## Intended use", "", TO_FILL_IN.capitalize() + ".", "")
@@ -81,13 +82,12 @@ def _model_rows(local_model: LocalModel, family: str) -> list[tuple[str, str]]:
 
 
 def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
-    files = [(f"SHA-256 of {name}", digest) for name, digest in origin.get("files", {}).items()]
+    files = [(f"SHA-256 of {name}", digest) for name, digest in (origin.get("files") or {}).items()]
     # A quantized model's origin is a run or model of ours, an imported one's another library's files.
-    if "quantized" in origin:
-        quantized = origin["quantized"]
+    if quantized := origin.get("quantized"):
         return [
             ("quantized from", f"{origin.get('source')}, step {origin.get('step')}"),
-            ("by", f"{quantized['method']}, clip {quantized['clip']}"),
+            ("by", f"{quantized.get('method')}, clip {quantized.get('clip')}"),
         ]
     return [
         ("imported from", str(origin.get("source"))),
@@ -98,10 +98,10 @@ def _origin_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _training_rows(local_model: LocalModel) -> list[tuple[str, str]]:
     # A run that was stopped has no result yet: each file may be absent, and its rows are then "unknown".
-    result, environment, experiment = (
-        _json(local_model.path / f"{name}.json") for name in ("result", "environment", "config")
-    )
-    optim, data, run = (experiment.get(name, {}) for name in ("optim", "data", "run"))
+    result = read_result(local_model.path) or {}
+    environment = _json(local_model.path / "environment.json", packages=dict)
+    experiment = _json(local_model.path / "config.json", optim=dict, data=dict, run=dict)
+    optim, data, run = (experiment.get(name) or {} for name in ("optim", "data", "run"))
     commit = environment.get("commit")
     return [
         ("steps", str(local_model.step)),
@@ -113,7 +113,7 @@ def _training_rows(local_model: LocalModel) -> list[tuple[str, str]]:
         ("commit", f"{commit}{' with changes' if environment.get('dirty') else ''}" if commit else "unknown"),
         (
             "packages",
-            ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items())
+            ", ".join(f"{name} {version}" for name, version in (environment.get("packages") or {}).items())
             or "unknown",
         ),
     ]
@@ -132,28 +132,29 @@ def _quality_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         *(
             (f"bits per byte of {name}", _digits(bits))
-            for name, bits in result.get("compressors", {}).items()
+            for name, bits in (result.get("compressors") or {}).items()
         ),
     ]
 
 
 def _data_rows(run: Path) -> list[tuple[str, str]]:
-    path = run / "data.json"
-    sources = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     return [
         (
             source["source"],
             (
-                f"weight {source['weight']:g}, {source['documents']:,} documents, {source['tokens']:,} "
-                f"tokens, hash `{source['hash']}`"
+                f"weight {source.get('weight') or 1.0:g}, {source['documents']:,} documents, "
+                f"{_number(source.get('tokens'))} tokens, hash `{source['hash']}`"
             ),
         )
-        for source in sources
+        for source in provenance.read_record(run) or ()
     ] or [("sources", "unknown")]
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _json(path: Path, **parts: type) -> dict[str, Any]:
+    """Return the object in a file of a run, empty where there is none; `parts` are objects in it."""
+    if not path.is_file():
+        return {}
+    return read_object(path, optional=parts, remedy="restore it, or delete it: the card then lacks it")
 
 
 def _number(value: Any) -> str:

@@ -1,7 +1,6 @@
 """A foreign model, whatever its format, and the choice of a family for a model that is exported."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from slmjax.convert.family import BoundRule, Family, Inexpressible, bind
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.canonical_form import canonical, differences
+from slmjax.stored_json import read_object
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,8 @@ def code_notes(local_model: LocalModel) -> Iterator[str]:
     """
     # Imported models have no such file: their codes were not trained here.
     file = local_model.path / "environment.json"
-    trained = json.loads(file.read_text(encoding="utf-8")).get("devices", []) if file.is_file() else []
+    environment = read_object(file, optional={"devices": list}, remedy="delete it") if file.is_file() else {}
+    trained = environment.get("devices") or []
     here = jax.devices()[0].device_kind
     there = trained[0] if trained else "unknown devices"
     if local_model.changed_rows is None:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from slmjax.config import near_names
+from slmjax.stored_json import read_object
 
 BOS = "<|bos|>"
 EOS = "<|eos|>"
@@ -105,15 +106,8 @@ def read_conventions(directory: Path) -> Conventions:
     """
     path = directory / CONFIG_FILE
     template = directory / TEMPLATE_FILE
-    text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
-    try:
-        config = json.loads(text)
-        if not isinstance(config, dict):
-            raise ValueError(f"it has a {type(config).__name__} instead of an object")
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is broken ({error}): repair it, or delete it and name bos and eos"
-        ) from error
+    remedy = "repair it, or delete it and name bos and eos"
+    config = read_object(path, remedy=remedy) if path.is_file() else {}
     adds_bos = config.get("add_bos_token")
     ends = config.get("end_tokens")
     sources = config.get(_SOURCES)
@@ -130,10 +124,19 @@ def read_conventions(directory: Path) -> Conventions:
         if isinstance(sources, dict)
         else {},
         adds_bos=adds_bos if isinstance(adds_bos, bool) else written_before or None,
-        chat_template=template.read_text(encoding="utf-8")
+        chat_template=_template_text(template)
         if template.is_file()
         else _template(config.get("chat_template")),
     )
+
+
+def _template_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at {error.start}): repair it, or delete it"
+        ) from error
 
 
 def write_conventions(directory: Path, conventions: Conventions) -> None:

@@ -15,7 +15,6 @@ text.
 
 import dataclasses
 import enum
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from slmjax.data.preparation import Prepared, prepare
 from slmjax.data.shards import TokenShards
 from slmjax.data.splitting import HELDOUT, SplitRule
 from slmjax.data.tokenizers import TokenizerConfig
+from slmjax.stored_json import check_list, check_object, read_json, read_object
 
 log = logging.getLogger(__name__)
 
@@ -72,27 +72,55 @@ def _sizes(shards: TokenShards) -> dict[str, Any]:
     }
 
 
+_REMEDY = "restore it from a backup, or delete it: evaluations then cannot tell whether the text has changed"
+_COUNTS: dict[str, type] = {"documents": int, "bytes": int, "hash": str}
+# Records of early versions lack some of these.
+_ADDED: dict[str, type] = {
+    "weight": float,
+    "fingerprint": str,
+    "tokenizer": str,
+    "shards": str,
+    HELDOUT: dict,
+}
+
+
 def read_record(directory: Path) -> Record | None:
     """Return the record of a run or of a model made from one; None without. ValueError if damaged."""
-    if (directory / RECORD_FILE).is_file():
-        return _read(directory / RECORD_FILE)
+    path = directory / RECORD_FILE
+    if path.is_file():
+        return _checked(read_json(path, remedy=_REMEDY), str(path))
     origin = directory / "origin.json"
-    return _read(origin).get("data") if origin.is_file() else None
+    data = read_object(origin, remedy=_REMEDY).get("data") if origin.is_file() else None
+    return None if data is None else _checked(data, f"data of {origin}")
+
+
+def _checked(value: Any, name: str) -> Record:
+    record = check_list(value, {"source": str, **_COUNTS}, optional=_ADDED, name=name, remedy=_REMEDY)
+    for entry in record:
+        if entry.get(HELDOUT) is not None:
+            sizes = {**_COUNTS, "tokens": int}
+            check_object(entry[HELDOUT], sizes, name=f"{HELDOUT} of {name}", remedy=_REMEDY)
+            # The text is looked for by the last two, in the cache of prepared text.
+            known = {"tokens": int, "tokenizer": str, "shards": str}
+            check_object(entry, known, name=name, remedy=_REMEDY)
+    return record
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """Return the experiment, as JSON, of a run or of a model made from one; empty for other models."""
+    """Return the experiment, as JSON, of a run or of a model made from one; empty for other models.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    parts: dict[str, type] = {"data": dict, "eval": dict}
+    remedy = "restore it from a backup"
     if (directory / "config.json").is_file():
-        return _read(directory / "config.json")
+        return read_object(directory / "config.json", optional=parts, remedy=remedy)
     origin = directory / "origin.json"
-    return _read(origin).get("experiment", {}) if origin.is_file() else {}
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged, it is not JSON ({error}): restore it") from error
+    if not origin.is_file():
+        return {}
+    experiment = read_object(origin, optional={"experiment": dict}, remedy=remedy).get("experiment") or {}
+    return check_object(experiment, optional=parts, name=f"experiment of {origin}", remedy=remedy)
 
 
 # Then and now -----------------------------------------------------------------------------------------------

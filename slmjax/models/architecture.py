@@ -25,6 +25,7 @@ from slmjax.models.protocols import FfnConfig, MixerConfig
 # More is a mistake, or a file that is made to take all memory and time.
 MOST_LAYERS = 4096
 MOST_BLOCKS = 1024  # different ones, each of which is built and compiled
+LARGEST_SIZE = 2**31 - 1  # of a dim, or any other integer
 
 # A config that is read from JSON finds its class among the imported ones: these are imported with the model.
 PARTS: tuple[type, ...] = (AttentionConfig, LatentAttentionConfig, MlpConfig, MoeConfig)
@@ -124,6 +125,9 @@ class ModelConfig:
             raise ValueError(
                 f"a model needs embed_dim >= 1 and at least one layer group, got embed_dim={self.embed_dim}"
             )
+        for path, size in _integers(self):
+            if abs(size) > LARGEST_SIZE:
+                raise ValueError(f"{path} is {_shown(size)}, and at most {LARGEST_SIZE:,} is supported")
         # Before anything counts or builds the layers one by one.
         depth = sum(group.repeats * sum(block.num_loops for block in group.pattern) for group in self.stack)
         compiled = sum(len(group.pattern) for group in self.stack)
@@ -217,6 +221,24 @@ class ModelConfig:
             init_std=self.init_std,
             dtype=dtype,
         )
+
+
+def _integers(value: Any, path: str = "") -> Iterator[tuple[str, int]]:
+    """Yield all integers in a config with their paths."""
+    if isinstance(value, int):
+        yield path, value
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _integers(item, f"{path}[{index}]")
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            name = f"{path}.{field.name}" if path else field.name
+            yield from _integers(getattr(value, field.name), name)
+
+
+def _shown(number: int) -> str:
+    # Python converts no integer of thousands of digits to text.
+    return f"{number:,}" if number.bit_length() < 200 else f"an integer of {number.bit_length():,} bits"
 
 
 def _with_attention(value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:

@@ -202,7 +202,7 @@ def read_members(
     # The file is only appended to, so that an interruption loses no line.
     latest: dict[tuple[str, int], Member] = {}
     for record in read_log(path, kind="member") if path.is_file() else []:
-        fields = {field.name: record[field.name] for field in dataclasses.fields(Member)}
+        fields = {field.name: record.get(field.name) for field in dataclasses.fields(Member)}
         member = Member(**fields)
         member = dataclasses.replace(member, result=with_present_names(member.result))
         latest[member.arm, member.seed] = member

@@ -161,7 +161,12 @@ def read_result(run: Path) -> dict[str, Any] | None:
     """
     fields = {"status": str, "step": int}
     try:
-        result = read_object(run / "result.json", fields, remedy="delete it and resume the run")
+        result = read_object(
+            run / "result.json",
+            fields,
+            optional={"compressors": dict, "lost_text": float},
+            remedy="delete it and resume the run",
+        )
     except FileNotFoundError:
         return None
     return with_present_names(result)
@@ -255,6 +260,24 @@ def _cut_torn_line(path: Path) -> None:
 _REMOVE_LINE = "remove the line to read the rest"
 
 
+# Fields that readers of a kind of record need.
+_FIELDS: Mapping[str, Mapping[str, type]] = {
+    "train": {"step": int},
+    "eval": {"step": int},
+    "sample": {"step": int, "prompt": str, "text": str},
+    "message": {"level": str, "text": str},
+    "member": {
+        "arm": str,
+        "seed": int,
+        "fingerprint": str,
+        "status": str,
+        "result": dict,
+        "evaluation": dict,
+    },
+    "measurement": {"fingerprint": str, "figures": dict},
+}
+
+
 def read_log(path: Path, *, kind: str | None = None) -> list[dict[str, Any]]:
     """Return the records of a log in order, of one kind or all; an unfinished last line is ignored.
 
@@ -279,6 +302,7 @@ def read_log(path: Path, *, kind: str | None = None) -> list[dict[str, Any]]:
         name = f"line {number} of {path}"
         value = parse_json(line, name=name, remedy=_REMOVE_LINE)
         record = check_object(value, {"kind": str}, name=name, remedy=_REMOVE_LINE)
+        check_object(record, _FIELDS.get(record["kind"]), name=name, remedy=_REMOVE_LINE)
         if kind is None or record["kind"] == kind:
             records.append(record)
     return records

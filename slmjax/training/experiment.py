@@ -274,10 +274,7 @@ def read_experiment(run_dir: Path) -> Experiment:
         raise ValueError(
             f"{run_dir} is not a run directory: it has no config.json. Name one that `slmjax train` printed"
         )
-    try:
-        return config_io.loads(Experiment, path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise config_io.ConfigError(f"{path}: {error}") from error
+    return config_io.read_file(Experiment, path)
 
 
 def starting_from(run_dir: Path, experiment: Experiment | None, *, takes_model: bool = False) -> Experiment:

@@ -296,7 +296,7 @@ def test_where_a_chat_template_is_found(
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:
     foreign(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="tokenizer_config.json is broken .*instead of an object"):
+    with pytest.raises(ValueError, match="tokenizer_config.json holds a list, not an object: repair it"):
         Tokenizer.load(tmp_path)
 
 

@@ -180,7 +180,7 @@ def test_a_torn_last_line_is_passed_over_and_then_cut(tmp_path: Path, torn: str 
 
 def test_damage_before_the_last_line_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    path.write_text('{"kind": "train"}\n{"kind": "tr\n{"kind": "train"}\n')
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr\n{"kind": "train", "step": 3}\n')
     with pytest.raises(ValueError, match=r"line 2 of .*log\.jsonl is not JSON .*remove the line"):
         read_log(path)
 

@@ -13,6 +13,7 @@ little-endian; block formats and writing use the gguf package (the extra `gguf`)
 import contextlib
 import dataclasses
 import math
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -44,6 +45,18 @@ _SCALARS = {
     11: "<i8",
     12: "<f8",
 }
+# Python types of the values that are read, by the pattern of their keys; those of architectures are checked
+# as settings. A list has items of the type.
+_TYPES: tuple[tuple[str, type, bool], ...] = (
+    (r"general\.(architecture|name|license)", str, False),
+    (r"general\.alignment|split\.count", int, False),
+    (r"tokenizer\.ggml\.(model|pre)|tokenizer\.chat_template", str, False),
+    (r"tokenizer\.ggml\.\w+_token_id", int, False),
+    (r"tokenizer\.ggml\.add_\w+", bool, False),
+    (r"tokenizer\.ggml\.(tokens|merges)", str, True),
+    (r"tokenizer\.ggml\.token_type", int, True),
+    (r"tokenizer\.ggml\.scores", float, True),
+)
 # Types whose bytes NumPy can view without a conversion.
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # Block types that small models are released in, and that the gguf package can dequantize.
@@ -148,9 +161,10 @@ def read_gguf(path: Path) -> GgufFile:
         num_values = cursor.number("<u8")
         metadata = _unique((cursor.string(), cursor.value(cursor.number("<u4"))) for _ in range(num_values))
         entries = [_tensor_entry(cursor) for _ in range(num_tensors)]
+        _check_types(metadata)
         alignment = metadata.get("general.alignment", _ALIGNMENT)
         # The alignment is a value of the file like any other, and a divisor below.
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        if alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"general.alignment is {alignment!r}, but must be a power of two")
         start = -(-cursor.offset // alignment) * alignment
         tensors = _unique((entry[0], _locate(gguf, content, start, *entry)) for entry in entries)
@@ -282,6 +296,19 @@ def _num_bytes(gguf: Any, shape: tuple[int, ...], format: Any) -> int:
             f"a row of {shape[-1]} values is not a multiple of {block}, the block size of {format.name}"
         )
     return math.prod(shape) // block * block_bytes
+
+
+def _check_types(metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError if a value that is read by name has another type than the specification gives it."""
+    for key, value in metadata.items():
+        for pattern, kind, is_list in _TYPES:
+            if not re.fullmatch(pattern, key):
+                continue
+            items = value if is_list else [value]
+            # A boolean is an int in Python, and none in GGUF.
+            if not isinstance(items, list) or not all(type(item) is kind for item in items):
+                expected = f"a list of {kind.__name__}" if is_list else kind.__name__
+                raise ValueError(f"{key} has values of another type than {expected}")
 
 
 def _unique(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def _role_token(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
             metadata["tokenizer.ggml.model"] == "llama" and default < len(tokens) and types[default] == type
         )
         return tokens[default] if applies else None
-    if metadata[key] >= len(tokens):
+    if not 0 <= metadata[key] < len(tokens):
         raise ValueError(
             f"{key} is {metadata[key]}, but there are {len(tokens)} tokens: the file is damaged, convert the "
             "model again"

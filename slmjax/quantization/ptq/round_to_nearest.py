@@ -14,7 +14,6 @@ front, mapped over.
 import dataclasses
 import enum
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from slmjax.checkpoints import safetensors_files
 from slmjax.checkpoints.model_file import write_model_file
 from slmjax.checkpoints.safetensors_files import StoredFormat
 from slmjax.checkpoints.stored_model import LocalModel, open_local_model, read_origin
-from slmjax.data.provenance import read_record
+from slmjax.data.provenance import read_record, read_settings
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.formats.coding import Encoded, decode, encode, expanded
 from slmjax.formats.presets import name_of
@@ -172,10 +171,7 @@ def _origin(model: LocalModel, matrices: Sequence[RoundedMatrix], clip: Clip) ->
     """The record of the source of the weights, and of the text that its run held out."""
     # Of a model that was imported, the record of its own origin stays.
     before = read_origin(model.path)
-    file = model.path / "config.json"
-    experiment = (
-        json.loads(file.read_text(encoding="utf-8")) if file.is_file() else before.get("experiment", {})
-    )
+    experiment = read_settings(model.path)
     return {
         "format": "slmjax",
         "family": model.family,
