@@ -14,11 +14,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from rich.console import Console
-
 import slmjax
 from slmjax.models import AttentionConfig, BlockConfig, LayerGroup, MlpConfig, ModelConfig, QkNorm
-from slmjax.studies import Arm, Study, analyze, findings_table, read_members, run_study, write_findings
+from slmjax.studies import Arm, Study, analyze, print_findings, read_members, run_study, write_findings
 from slmjax.training import (
     BpeTokenizer,
     DistillConfig,
@@ -152,7 +150,7 @@ def main() -> None:
     )
     findings = analyze(distillation, members, further=FURTHER)
     write_findings(findings, arguments.directory)
-    Console().print(findings_table(findings))
+    print_findings(findings)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from rich.console import Console
-
 import slmjax
 from slmjax.models import AttentionConfig, BlockConfig, LayerGroup, MlpConfig, ModelConfig, QkNorm
 from slmjax.studies import (
@@ -42,10 +40,10 @@ from slmjax.studies import (
     analyze,
     at_rates,
     best_rates,
-    findings_table,
     measure,
+    print_findings,
+    print_recovery,
     read_members,
-    recovery_table,
     report_recovery,
     run_study,
     write_findings,
@@ -321,8 +319,8 @@ def main() -> None:
         findings = analyze(recovery.study, members, further=FURTHER if recovery.directory == "what" else ())
         write_findings(findings, place)
         reports.append(report_recovery(recovery, members, measure(recovery, members, place)))
-        for table in (findings_table(findings), recovery_table(reports[-1])):
-            Console(width=180).print(table)
+        print_findings(findings)
+        print_recovery(reports[-1])
     print(write_recovery(reports, directory))
 
 

@@ -69,28 +69,21 @@ def _table_command(argv: Sequence[str], *, command: str) -> int:
 
 
 def _print_table(lines: Sequence[Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from slmjax.telemetry.columns import print_columns
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("path", "shape", "format", "inputs"):
-        table.add_column(heading, justify="left")
-    for heading in ("bits", "bytes"):
-        table.add_column(heading, justify="right")
-    table.add_column("reason for floating point")
+    head = ("path", "shape", "format", "inputs", "bits", "bytes", "reason for floating point")
+    rows = []
     for path, count, line in _group_layers(lines):
         shape = " x ".join(map(str, line.shape))
         size = f"{line.bytes * count:,}" + (" per token" if path.endswith("/cache") else "")
-        table.add_row(
-            path, shape, line.format or "float32", line.input or "", f"{line.bits:.3g}", size, line.reason
-        )
-    console = Console(width=max(150, Console().width), highlight=False)
-    console.print(table)
+        formats = (line.format or "float32", line.input or "")
+        rows.append((path, shape, *formats, f"{line.bits:.3g}", size, line.reason))
+    print_columns(head, rows, right=(4, 5))
     parameters = [line for line in lines if not line.path.endswith("/cache")]
     total = sum(line.bytes for line in parameters)
     quantized = sum(line.bytes for line in parameters if line.format)
     in_float32 = sum(line.bytes * 8 // line.bits if line.bytes else 0 for line in parameters) * 4
-    console.print(
+    print(
         f"{total:,.0f} bytes in total, {quantized / max(total, 1):.1%} of them quantized; "
         f"{in_float32:,.0f} in float32"
     )

@@ -24,15 +24,11 @@ def models_command(argv: Sequence[str]) -> int:
     if args.json:
         print_json({name: dataclasses.asdict(summary) for name, summary in summaries.items()})
         return 0
-    from rich.console import Console
-    from rich.table import Table
+    from slmjax.telemetry.columns import print_columns
 
-    table = Table(box=None, pad_edge=False)
-    headings = ("name", "parameters", "active", "embedding", "FLOPs/token", "bf16 bytes", "cache B/token")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "name" else "right")
-    for name, summary in summaries.items():
-        table.add_row(
+    head = ("name", "parameters", "active", "embedding", "FLOPs/token", "bf16 bytes", "cache B/token")
+    rows = [
+        (
             name,
             f"{summary.parameters:,}",
             f"{summary.active_parameters:,}",
@@ -41,8 +37,9 @@ def models_command(argv: Sequence[str]) -> int:
             f"{summary.bytes_bf16:,}",
             f"{summary.cache_bytes_per_token:,.0f}",
         )
-    # Wider than a narrow terminal if need be: a folded table of numbers cannot be read.
-    Console(width=max(120, Console().width), highlight=False).print(table)
+        for name, summary in summaries.items()
+    ]
+    print_columns(head, rows, right=range(1, len(head)))
     return 0
 
 

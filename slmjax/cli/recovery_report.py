@@ -26,9 +26,7 @@ def recovery_command(argv: Sequence[str]) -> int:
         json: bool = False
 
     args = parse(Arguments, argv, command="formats report", description=recovery_command.__doc__)
-    from rich.console import Console
-
-    from slmjax.studies import recovery_json, recovery_table, write_recovery
+    from slmjax.studies import print_recovery, recovery_json, write_recovery
 
     path = Path(args.study_file)
     directory = Path(args.directory or Path("runs") / path.stem.replace("_", "-"))
@@ -37,9 +35,9 @@ def recovery_command(argv: Sequence[str]) -> int:
     if args.json:
         print_json({"written": str(written), "reports": [recovery_json(report) for report in reports]})
         return 0
-    console = Console(width=max(180, Console().width), highlight=False)
     for report in reports:
-        console.print(recovery_table(report))
+        print_recovery(report)
+        print()
     print(written)
     return 0
 

@@ -24,7 +24,13 @@ from slmjax.quantization.ptq.round_to_nearest import Clip
 from slmjax.studies.arms import Arm, Derivation, Derived
 from slmjax.studies.derived import RoundToNearest
 from slmjax.studies.findings import ArmSummary, Comparison, Findings, analyze
-from slmjax.studies.layout import findings_json, findings_markdown, findings_table, write_findings
+from slmjax.studies.layout import (
+    findings_json,
+    findings_markdown,
+    findings_table,
+    print_findings,
+    write_findings,
+)
 from slmjax.studies.ratios import RecoveredFraction, recovered_fraction
 from slmjax.studies.recovery import (
     ArmRecovery,
@@ -36,7 +42,13 @@ from slmjax.studies.recovery import (
     measure,
     report_recovery,
 )
-from slmjax.studies.recovery_layout import recovery_json, recovery_markdown, recovery_table, write_recovery
+from slmjax.studies.recovery_layout import (
+    print_recovery,
+    recovery_json,
+    recovery_markdown,
+    recovery_table,
+    write_recovery,
+)
 from slmjax.studies.statistics import (
     PairedDifference,
     Summary,
@@ -99,6 +111,8 @@ __all__ = [
     "measure",
     "member_experiment",
     "paired_difference",
+    "print_findings",
+    "print_recovery",
     "read_members",
     "recovered_fraction",
     "recovery_json",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Group
 
+from slmjax.atomic_files import write_text
 from slmjax.studies.findings import Comparison, Findings, format_count
 from slmjax.studies.text_tables import (
     ABSENT,
@@ -15,6 +16,7 @@ from slmjax.studies.text_tables import (
     listed,
     markdown_tables,
     num_decimals,
+    print_tables,
     signed,
     with_deviation,
     with_interval,
@@ -24,8 +26,13 @@ from slmjax.telemetry.run_directory import plain, write_json
 
 
 def findings_table(findings: Findings) -> Group:
-    """Return the findings for a terminal: `Console().print(findings_table(findings))`."""
+    """Return the findings for a console of rich; `print_findings` prints them at any width."""
     return console_tables(_text_tables(findings), (budget_line(findings), *findings.notes))
+
+
+def print_findings(findings: Findings) -> None:
+    """Print the findings to standard output, complete in a pipe and on a terminal of any width."""
+    print_tables(_text_tables(findings), (budget_line(findings), *findings.notes))
 
 
 def findings_markdown(findings: Findings) -> str:
@@ -42,7 +49,7 @@ def findings_json(findings: Findings) -> dict:
 def write_findings(findings: Findings, directory: str | Path) -> Path:
     """Write study.json and study.md to the study's directory; returns the path of study.json."""
     # For people: study.json has the same, unrounded, for programs.
-    (Path(directory) / "study.md").write_text(findings_markdown(findings), encoding="utf-8")
+    write_text(Path(directory) / "study.md", findings_markdown(findings))
     return write_json(Path(directory) / "study.json", findings_json(findings))
 
 

@@ -18,6 +18,7 @@ from slmjax.studies.text_tables import (
     listed,
     markdown_tables,
     num_decimals,
+    print_tables,
     signed,
     with_deviation,
     with_renamed_keys,
@@ -29,8 +30,13 @@ from slmjax.telemetry.run_directory import plain, write_json
 
 
 def recovery_table(report: RecoveryReport) -> Group:
-    """Return the report for a terminal."""
+    """Return the report for a console of rich; `print_recovery` prints it at any width."""
     return console_tables(recovery_text_tables(report), report.notes)
+
+
+def print_recovery(report: RecoveryReport) -> None:
+    """Print the report to standard output, complete in a pipe and on a terminal of any width."""
+    print_tables(recovery_text_tables(report), report.notes)
 
 
 def recovery_markdown(report: RecoveryReport) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slmjax.studies.statistics import Interval, PairedDifference, Summary
+from slmjax.telemetry.columns import print_columns
 
 ABSENT = "—"
 SIGNIFICANT = 5  # digits of a value without a standard error
@@ -38,6 +39,15 @@ def console_tables(text_tables: Sequence[TextTable], notes: Sequence[str]) -> Gr
             table.add_row(*map(Text, row))  # Text, since the brackets of an interval are not markup
         shown.append(table)
     return Group(*shown, *map(Text, notes))
+
+
+def print_tables(text_tables: Sequence[TextTable], notes: Sequence[str]) -> None:
+    """Print tables and notes, complete in a pipe and on a terminal of any width."""
+    for text_table in text_tables:
+        columns = range(1, len(text_table.head))
+        print_columns(text_table.head, text_table.rows, right=columns, title=text_table.title)
+        print()
+    print("\n".join(notes))
 
 
 def markdown_tables(text_tables: Sequence[TextTable], notes: Sequence[str]) -> str:

@@ -2,8 +2,9 @@
 
     print_columns(("run", "loss"), [("a", "1.25"), ("b", "0.5")], right=(1,))
 
-In a pipe or a file the columns are as wide as their cells. On a terminal that is too narrow for this, the
-first cell of a row has a line of its own, above the others; where these do not fit either, every cell has.
+In a pipe or a file the columns are as wide as their cells. On a terminal that is too narrow for this, a few
+rows with long cells have a line for each cell, or the first cell of every row has a line of its own, above one
+or two lines of the others. Where that does not fit either, every cell has a line.
 """
 
 import shutil
@@ -60,14 +61,49 @@ def column_lines(
     lines = _aligned(table, right)
     if _fits(lines, width):
         return lines
-    below = _aligned([row[1:] for row in table], {index - 1 for index in right})
-    if _fits([GAP + line for line in below], width):
-        # A heading without text needs no line.
-        pairs = zip(table, below, strict=True)
-        return [line for row, rest in pairs for line in (row[0], GAP + rest) if line.strip()]
-    labels = [row[0] for row in table[1:]]
-    items = [_items(table[0][1:], row[1:]) for row in table[1:]]
-    return [line for label, lines in zip(labels, items, strict=True) for line in (label, *lines)]
+    assert width is not None
+    return (
+        _with_long_rows(table, right, width)
+        or _below_first_cell(table, right, width)
+        or [line for row in table[1:] for line in _items(table[0], row)]
+    )
+
+
+def _with_long_rows(table: Sequence[Sequence[str]], right: Collection[int], width: int) -> list[str] | None:
+    """Return lines in which rows with long cells, at most a third of all, have a line for each cell."""
+    by_length = sorted(
+        range(1, len(table)), key=lambda index: max(map(cell_len, table[index][1:]), default=0)
+    )
+    for num_short in range(len(by_length) - 1, 2 * len(by_length) // 3 - 1, -1):
+        short = [0, *sorted(by_length[:num_short])]
+        aligned = _aligned([table[index] for index in short], right)
+        if num_short and _fits(aligned, width):
+            lines = dict(zip(short, aligned, strict=True))
+            return [
+                line
+                for index, row in enumerate(table)
+                for line in ([lines[index]] if index in lines else _items(table[0], row))
+            ]
+    return None
+
+
+MOST_COLUMNS = 5  # that are not divided into two lines
+
+
+def _below_first_cell(table: Sequence[Sequence[str]], right: Collection[int], width: int) -> list[str] | None:
+    """Return lines in which the first cell of a row stands above one or two lines of the others."""
+    inner = [row[1:] for row in table]
+    num_columns = len(inner[0])
+    least = num_columns if num_columns <= MOST_COLUMNS else num_columns // 2
+    for split in range(num_columns, least - 1, -1):
+        first = _aligned([row[:split] for row in inner], {index - 1 for index in right})
+        second = _aligned([row[split:] for row in inner], {index - 1 - split for index in right})
+        if _fits([GAP + line for line in (*first, *second)], width):
+            rows = zip(table, first, second, strict=True)
+            # A heading without text needs no line, and neither does an empty second half.
+            below = [[row[0], *(GAP + line for line in lines)] for row, *lines in rows]
+            return [line.rstrip() for lines in below for line in lines if line.strip()]
+    return None
 
 
 def printable(text: str) -> str:
@@ -94,7 +130,7 @@ def _fits(lines: Sequence[str], width: int | None) -> bool:
     return width is None or all(cell_len(line) <= width for line in lines)
 
 
-def _items(names: Sequence[str], cells: Sequence[str]) -> list[str]:
+def _items(names: Sequence[str], row: Sequence[str]) -> list[str]:
     """Return the cells of a row with the names of their columns, one in a line, without empty cells."""
-    pairs = zip(names, cells, strict=True)
-    return [f"{GAP}{name}: {cell}" if name else f"{GAP}{cell}" for name, cell in pairs if cell]
+    cells = [pair for pair in zip(names, row, strict=True) if pair[1]]
+    return [row[0], *(f"{GAP}{name}: {cell}" if name else f"{GAP}{cell}" for name, cell in cells[1:])]

@@ -31,7 +31,7 @@ METRICS = {
     "run_seconds": "seconds, all sessions",
     "session_tokens": "tokens, last session",
     "session_seconds": "seconds, last session",
-    "session_tokens_per_second": "tokens per second, last session",
+    "session_tokens_per_second": "tokens/s, last session",
     "skipped": "skipped steps, all sessions",
     "commit": "commit",
     "held_out_text": "held-out text",
