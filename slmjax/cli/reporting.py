@@ -62,6 +62,8 @@ def _print_runs(runs: Sequence[Any]) -> None:
     notes = ["tokens and time are of all sessions of a run"]
     if any(run.loss is not None and not run.complete for run in runs):
         notes.append("~ on part of the held-out text, from the last evaluation during training")
+    if any(run.seconds is None and run.session_seconds is not None for run in runs):
+        notes.append("+ the time of the last session: the log does not have them all")
     for run in runs:
         if run.changed:
             changes = list(run.changed.items())
@@ -89,6 +91,9 @@ def _run_cells(run: Any) -> tuple[str, ...]:
 
     partial = "" if run.complete else "~"
     lossy = "!" if run.lost_text else ""
+    time = "" if run.seconds is None else format_seconds(run.seconds)
+    if run.seconds is None and run.session_seconds is not None:
+        time = f"{format_seconds(run.session_seconds)}+"
     marks = f"{'*' if run.changed else ''}{'?' if run.problem is not None else ''}"
     return (
         run.name,
@@ -98,7 +103,7 @@ def _run_cells(run: Any) -> tuple[str, ...]:
         "" if run.bits_per_byte is None else f"{partial}{run.bits_per_byte:.3f}{lossy}",
         "" if run.parameters is None else _rounded(run.parameters),
         "" if run.tokens is None else _rounded(run.tokens),
-        "" if run.seconds is None else format_seconds(run.seconds),
+        time,
     )
 
 

@@ -3,8 +3,8 @@
     print_columns(("run", "loss"), [("a", "1.25"), ("b", "0.5")], right=(1,))
 
 In a pipe or a file the columns are as wide as their cells. On a terminal that is too narrow for this, a few
-rows with long cells have a line for each cell, or the first cell of every row has a line of its own, above one
-or two lines of the others. Where that does not fit either, every cell has a line.
+rows with long cells have a line for each cell, or the first cell of every row has a line of its own, above
+one or two lines of the others. Where that does not fit either, every cell has a line.
 """
 
 import shutil
@@ -132,5 +132,5 @@ def _fits(lines: Sequence[str], width: int | None) -> bool:
 
 def _items(names: Sequence[str], row: Sequence[str]) -> list[str]:
     """Return the cells of a row with the names of their columns, one in a line, without empty cells."""
-    cells = [pair for pair in zip(names, row, strict=True) if pair[1]]
-    return [row[0], *(f"{GAP}{name}: {cell}" if name else f"{GAP}{cell}" for name, cell in cells[1:])]
+    cells = [pair for pair in zip(names[1:], row[1:], strict=True) if pair[1]]
+    return [row[0], *(f"{GAP}{name}: {cell}" if name else f"{GAP}{cell}" for name, cell in cells)]

@@ -266,6 +266,7 @@ class RunSummary:
     parameters: int | None
     tokens: int | None  # of all sessions
     seconds: float | None  # of all sessions; None if the log does not have them all
+    session_seconds: float | None  # of the last session
     started: float  # seconds since 1970
     changed: dict[str, list[Any]]  # settings that a resumed session changed: [first step, value] of each
     problem: str | None = None  # of a damaged run
@@ -301,7 +302,7 @@ def _summary(path: Path) -> RunSummary:
         run = read_run(path)
     # One damaged run must not hide the others.
     except (ValueError, OSError) as error:
-        empty = dict.fromkeys(("loss", "bits_per_byte", "lost_text", "parameters", "tokens", "seconds"))
+        names = ("loss", "bits_per_byte", "lost_text", "parameters", "tokens", "seconds", "session_seconds")
         return RunSummary(
             name=path.name,
             path=str(path),
@@ -312,7 +313,7 @@ def _summary(path: Path) -> RunSummary:
             started=started,
             changed={},
             problem=str(error),
-            **empty,
+            **dict.fromkeys(names),
         )
     result = run.result or {}
     last = run.held_out
@@ -329,6 +330,7 @@ def _summary(path: Path) -> RunSummary:
         parameters=_count(result.get("parameters")),
         tokens=_count(result.get("run_tokens")),
         seconds=number(result.get("run_seconds")),
+        session_seconds=number(result.get("session_seconds")),
         started=number(run.train[0]["time"]) or started if run.train else started,
         changed={name: [list(pair) for pair in history] for name, history in run.changed_settings().items()},
     )
