@@ -74,7 +74,8 @@ def _with_long_rows(table: Sequence[Sequence[str]], right: Collection[int], widt
     by_length = sorted(
         range(1, len(table)), key=lambda index: max(map(cell_len, table[index][1:]), default=0)
     )
-    for num_short in range(len(by_length) - 1, 2 * len(by_length) // 3 - 1, -1):
+    least = -(-2 * len(by_length) // 3)
+    for num_short in range(len(by_length) - 1, least - 1, -1):
         short = [0, *sorted(by_length[:num_short])]
         aligned = _aligned([table[index] for index in short], right)
         if num_short and _fits(aligned, width):

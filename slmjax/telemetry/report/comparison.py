@@ -131,6 +131,8 @@ def _metric(run: RunRecords, name: str) -> Any:
         return run.measured_on
     if name == "commit" and (commits := run.changed_environment().get("commit")) is not None:
         return ", ".join(f"{str(commit)[:12]} from step {step:,}" for step, commit in commits)
+    if name == "best_measured_on":
+        return run.best_measured_on if (run.result or {}).get("best_loss") is not None else None
     if name == "held_out_text":
         return _held_out_text(run)
     # From the last evaluation, since a run in progress has no result yet.

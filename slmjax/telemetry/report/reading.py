@@ -179,7 +179,7 @@ def _log(path: Path) -> list[dict[str, Any]]:
         fields = _RECORD_FIELDS.get(record["kind"], {})
         check_object(record, fields, name=name, remedy=_REMOVE_LINE)
         if "step" in fields and not 0 <= record["step"] <= MAX_STEP:
-            raise DamagedFile(f"{name} has {record['step']:.3g} as its step: {_REMOVE_LINE}")
+            raise DamagedFile(f"{name} has no number of a step as 'step': {_REMOVE_LINE}")
         # Lines of other kinds may have anything.
         for field in ("grad_norms", "expert_loads") if fields else ():
             if record.get(field) is not None:
@@ -202,7 +202,7 @@ def _config(path: Path) -> dict[str, Any]:
     # Runs of any version have steps; other settings are shown as they are.
     run = check_object(config.get("run"), {"steps": int}, name=f"'run' in {path}", remedy=remedy)
     if not 0 <= run["steps"] <= MAX_STEP:
-        raise DamagedFile(f"{path} has {run['steps']:.3g} as run.steps: {remedy}")
+        raise DamagedFile(f"{path} has no number of steps as run.steps: {remedy}")
     return config
 
 

@@ -60,7 +60,8 @@ def changed_settings(
     """
     counting = settings_of_sessions(config, sessions)
     changed: dict[str, list[tuple[int, Any]]] = {}
-    for path in dict.fromkeys(path for _, settings in counting for path in settings):
+    # In the order of config.json, with settings that are no longer there at the end.
+    for path in dict.fromkeys(path for _, settings in reversed(counting) for path in settings):
         history: list[tuple[int, Any]] = []
         for first_step, settings in counting:
             value = settings.get(path)
