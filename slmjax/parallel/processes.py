@@ -1,18 +1,24 @@
-"""Coordination between the processes of a run: who goes first, shared text, and requests to stop.
+"""Coordination between the processes of a run: who goes first, shared text, and signals.
 
 A run has one process per host on TPU pods and one per GPU under Slurm (docs/hosts.md). Every process calls
 each of these functions; with a single process they do nothing special.
 """
 
+import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+
+# The client of the coordination service has no public name.
+from jax._src import distributed
 from jax.experimental import multihost_utils
+
+from slmjax.stop_signals import GRACE_SECONDS, StopSignals
 
 T = TypeVar("T")
 _TEXT_BYTES = 1024
@@ -46,46 +52,112 @@ def broadcast_text(text: str) -> str:
     return bytes(multihost_utils.broadcast_one_to_all(padded)).rstrip(b"\0").decode(errors="replace")
 
 
-class StopSignals:
-    """Context in which Ctrl-C and SIGTERM only ask the run to stop; a second signal stops it at once.
+# Signals ----------------------------------------------------------------------------------------------------
+def share_signals(signals: StopSignals) -> None:
+    """Share signals with the other processes of the run, if there are any and it was not done yet."""
+    state = distributed.global_state
+    if state.client is None or (state.num_processes or 1) == 1 or signals.is_shared:
+        return
+    index = state.process_id or 0
+    signals.share(SharedSignals(state.client, index=index, count=state.num_processes, signals=signals))
 
-    With several processes JAX's preemption service handles SIGTERM and makes all of them stop after the same
-    step.
+
+class SharedSignals:
+    """Tells the other processes of signals, and agrees with them on where to stop.
+
+    Processes tell each other through the key-value store of jax's coordination service, which works while
+    devices compute or a program is compiled. Points at which all can stop (after a step, after a batch of an
+    evaluation) are counted alike everywhere. To agree, each process says how many it has passed and passes no
+    further one until it knows all answers: they stop at the next point after the furthest. Nothing is
+    exchanged at a point itself. jax's own service for preemption does the same for SIGTERM alone, and only
+    between steps.
     """
 
-    def __init__(self) -> None:
-        self._received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, object] = {}
+    POLL_SECONDS = 0.5
+    _num_created = 0
 
-    @property
-    def received(self) -> bool:
-        """Return whether this process itself received a signal."""
-        return self._received is not None
+    def __init__(self, client: Any, *, index: int, count: int, signals: StopSignals) -> None:
+        """Begin to listen.
 
-    def requested(self, step: int) -> signal.Signals | None:
-        """Return the signal to stop after `step`, if any: the same answer in every process."""
-        if jax.process_count() > 1:
-            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
-        return self._received
+        Args:
+          client: the client of jax's coordination service.
+          index: the index of this process.
+          count: the number of processes.
+          signals: what is told if another process cannot wait.
+        """
+        self._client = client
+        self._index = index
+        self._count = count
+        self._signals = signals
+        # Keys are never deleted. Every process trains the same runs in the same order.
+        SharedSignals._num_created += 1
+        self._prefix = f"slmjax/signals/{SharedSignals._num_created}/"
+        self._lock = threading.Lock()
+        self._point = 0
+        self._stop_at: int | None = None
+        self._signal: signal.Signals | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="shared signals", daemon=True)
+        self._thread.start()
 
-    def __enter__(self) -> "StopSignals":
-        # Only the main thread may install handlers. A run in another thread is stopped by its program.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
+    def request_stop(self, number: signal.Signals) -> None:
+        """Ask all processes to stop at the same point."""
+        self._set("stop", str(int(number)))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
+    def request_end(self, number: signal.Signals) -> None:
+        """Ask all processes to end at once."""
+        self._set("end", str(int(number)))
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = signal.Signals(number)
-        self._restore()
+    def agreed(self) -> signal.Signals | None:
+        """Return the signal to stop for at this point, if any: the same answer in every process."""
+        with self._lock:
+            self._point += 1
+            return self._signal if self._stop_at is not None and self._point >= self._stop_at else None
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            # The handler is what `signal.signal` itself returned.
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
-        self._previous.clear()
+    def leave(self) -> None:
+        """Wait in process 0, whose end would abort the others, until they have ended."""
+        self._set(f"gone/{self._index}", "")
+        if self._index == 0:
+            deadline = time.monotonic() + GRACE_SECONDS + 2
+            while len(self._read("gone/")) < self._count and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(0.2)  # they set the key just before their end
+
+    def close(self) -> None:
+        """Hear of no more signals."""
+        self._closed.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _listen(self) -> None:
+        while not self._closed.wait(self.POLL_SECONDS):
+            notices = self._read("")
+            if "end" in notices:
+                self._signals.told_to_end(signal.Signals(int(notices["end"])))
+                return
+            if "stop" in notices and self._signal is None:
+                self._agree(signal.Signals(int(notices["stop"])))
+
+    def _agree(self, number: signal.Signals) -> None:
+        """Find the point to stop at. No point is passed meanwhile."""
+        with self._lock:
+            self._signal = number
+            self._set(f"point/{self._index}", str(self._point))
+            while len(points := self._read("point/")) < self._count:
+                # One of them may have left: then all of them do.
+                if self._closed.wait(0.02) or "end" in self._read(""):
+                    return
+            self._stop_at = max(map(int, points.values())) + 1
+
+    def _set(self, name: str, value: str) -> None:
+        # It is there already if another process was faster, and not reached if the coordinator has ended.
+        with contextlib.suppress(RuntimeError):
+            self._client.key_value_set(self._prefix + name, value)
+
+    def _read(self, folder: str) -> dict[str, str]:
+        """Return the keys in a folder, without its name, and their values."""
+        prefix = self._prefix + folder
+        try:
+            return {key.removeprefix(prefix): value for key, value in self._client.key_value_dir_get(prefix)}
+        except RuntimeError:
+            return {}

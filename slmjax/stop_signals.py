@@ -1,0 +1,255 @@
+"""SIGINT (Ctrl-C) and SIGTERM: a command ends soon, with one line, and a training run saves before it does.
+
+    with StopSignals(is_command=True) as signals:   # a signal raises `Stopped` in the main thread
+        ...
+        with signals.deferred():                    # a signal is only noted
+            while not signals.requested():
+                ...                                 # a step
+
+Python runs its own handler only between two instructions of the main thread, and a compilation or a
+collective is a single one that may take minutes. So a second thread receives every signal at once: it ends
+the process if the main thread does not end in time, and at a second signal.
+
+Of several processes, each also hears of the signals of the others (`parallel/processes.py`).
+"""
+
+import contextlib
+import enum
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+# Seconds in which the main thread may delete temporary files before the process is ended.
+GRACE_SECONDS = 5.0
+INTERRUPTED_STATUS = 75  # EX_TEMPFAIL, "try again later": distinct from success and failure for supervisors
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended what was being done. The message is for the user."""
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status  # exit status of a command that ends with it
+
+
+class Others(Protocol):
+    """The other processes of a run, which stop together with this one."""
+
+    def request_stop(self, number: signal.Signals) -> None:
+        """Ask all processes to stop at the same point."""
+
+    def request_end(self, number: signal.Signals) -> None:
+        """Ask all processes to end at once."""
+
+    def agreed(self) -> signal.Signals | None:
+        """Return the signal to stop for, at a point that every process reaches: the same answer in each."""
+        ...
+
+    def leave(self) -> None:
+        """Do what must precede the end of this process, so that the others can end as well."""
+
+    def close(self) -> None:
+        """Hear of no more signals."""
+
+
+class _Mode(enum.Enum):
+    END = "end"  # a signal raises, and ends a process that takes too long
+    DEFER = "defer"  # a signal is noted
+    RAISE = "raise"  # a signal raises, and what comes after it has all the time it needs
+
+
+class StopSignals:
+    """Context in which the signals stop what is being done. Where one is entered already, it is that one.
+
+    A signal raises `Stopped` in the main thread, or within `deferred` is only noted. Only the main thread can
+    install handlers: in another thread a run is stopped by its program.
+    """
+
+    _active: "StopSignals | None" = None
+
+    def __init__(self, *, is_command: bool = False) -> None:
+        """Create the context.
+
+        Args:
+          is_command: whether the process is a command, which may be ended. Otherwise a signal that cannot
+            wait raises in the main thread.
+        """
+        self._is_command = is_command
+        self._mode = _Mode.END
+        self._others: Others | None = None
+        self._received: signal.Signals | None = None
+        # Signals that the watching thread and the main thread have seen.
+        self._num_watched = 0
+        self._num_handled = 0
+        self._previous: dict[signal.Signals, Any] = {}
+        self._thread: threading.Thread | None = None
+        # What a user should know if a signal ends the command now.
+        self.note = ""
+        self.sigterm_status = 128 + signal.SIGTERM
+
+    # What the work asks --------------------------------------------------------------------------------------
+    def requested(self) -> signal.Signals | None:
+        """Return the signal to stop for, if any. Several processes must ask in step: all hear the same."""
+        return self._received if self._others is None else self._others.agreed()
+
+    def deferred(self) -> contextlib.AbstractContextManager[None]:
+        """Only note signals: the work inside asks for them with `requested`. A second one ends it at once."""
+        return self._in_mode(_Mode.DEFER)
+
+    def interruptible(self) -> contextlib.AbstractContextManager[None]:
+        """Raise `Stopped` at a signal, within `deferred`: for work that may be left out."""
+        return self._in_mode(_Mode.RAISE)
+
+    @contextlib.contextmanager
+    def _in_mode(self, mode: _Mode) -> Iterator[None]:
+        before = self._mode
+        self._mode = mode
+        try:
+            yield
+        finally:
+            self._mode = before
+
+    # Several processes ---------------------------------------------------------------------------------------
+    @property
+    def is_shared(self) -> bool:
+        """Return whether signals are shared with other processes."""
+        return self._others is not None
+
+    def share(self, others: Others) -> None:
+        """Share signals with the other processes of a run from now on."""
+        self._others = others
+
+    def told_to_end(self, number: signal.Signals) -> None:
+        """Do as if this process had received the signal, since another one did and cannot wait."""
+        if self._mode is not _Mode.END:
+            self._end(Stopped(f"another process was ended by {number.name}", status=128 + number))
+        elif not self._num_watched:
+            # As a signal, since nothing else interrupts what the main thread waits for.
+            os.kill(os.getpid(), number)
+
+    # Receiving -----------------------------------------------------------------------------------------------
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal in the main thread: raise, or note it."""
+        name = signal.Signals(number)
+        self._num_handled += 1
+        if self._mode is not _Mode.END:
+            self._received = self._received or name
+        if self._mode is _Mode.DEFER and (self._num_handled == 1 or self._may_end):
+            return  # at a second one the other thread ends the process
+        if self._mode is _Mode.END and self._may_end and _is_importing(frame):
+            # An exception would be reported as an error of the module that is half imported, or not at all.
+            self._end(self._stopped_by(name))
+        raise self._stopped_by(name)
+
+    @property
+    def _may_end(self) -> bool:
+        # One of several processes that stays would block the others, whoever started them.
+        return self._is_command or self._others is not None
+
+    def _stopped_by(self, number: signal.Signals, *, note: str | None = None) -> Stopped:
+        note = self.note if note is None else note
+        status = self.sigterm_status if number is signal.SIGTERM else 128 + number
+        return Stopped(f"stopped by {number.name}{': ' if note else ''}{note}", status=status)
+
+    def _watch(self, readable: int) -> None:
+        """Receive signals in a thread of its own, whatever the main thread is doing."""
+        pending: signal.Signals | None = None  # for which the main thread should end
+        deadline = 0.0
+        while True:
+            timeout = None if pending is None else max(deadline - time.monotonic(), 0.0)
+            if pending is not None and not select.select([readable], [], [], timeout)[0]:
+                if self._mode is _Mode.END or self._others is not None:
+                    self._end(self._stopped_by(pending))
+                pending = None  # the first step was complete just before the handler could raise
+            # A program may handle other signals, whose numbers are written as well.
+            numbers = [number for number in os.read(readable, 64) if number in (0, *_SIGNALS)]
+            for number in numbers:
+                if number == 0:
+                    return
+                self._num_watched += 1
+                name = signal.Signals(number)
+                if self._num_watched > 1:
+                    self._end_all(name)
+                elif self._mode is not _Mode.END:
+                    self._note(name)
+                else:
+                    pending = name
+                    deadline = time.monotonic() + GRACE_SECONDS
+                    if self._others is not None:
+                        self._others.request_end(name)
+
+    def _note(self, name: signal.Signals) -> None:
+        self._received = self._received or name
+        if self._others is not None:
+            self._others.request_stop(name)
+
+    def _end_all(self, name: signal.Signals) -> None:
+        if self._may_end:
+            if self._others is not None:
+                self._others.request_end(name)
+            note = "the second signal ends at once, saved checkpoints are kept"
+            self._end(Stopped(f"stopped by {name.name}: {note}", status=128 + name))
+
+    def _end(self, stopped: Stopped) -> None:
+        """End the process without waiting for anything: files are as sound as after a kill."""
+        with contextlib.suppress(OSError, ValueError):
+            print(stopped, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        if self._others is not None:
+            self._others.leave()
+        os._exit(stopped.status)
+
+    # Entering ------------------------------------------------------------------------------------------------
+    def __enter__(self) -> "StopSignals":
+        if StopSignals._active is not None:
+            return StopSignals._active
+        StopSignals._active = self
+        if threading.current_thread() is threading.main_thread():
+            self._readable, self._writable = os.pipe()
+            os.set_blocking(self._writable, False)
+            self._previous_descriptor = signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
+            self._thread = threading.Thread(
+                target=self._watch, args=(self._readable,), name="stop signals", daemon=True
+            )
+            self._thread.start()
+            for number in _SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if StopSignals._active is not self:
+            return
+        StopSignals._active = None
+        if self._others is not None:
+            if isinstance(error, Stopped):
+                # The orderly end of jax waits for the other processes, which may have ended at once.
+                self._end(error)
+            self._others.close()
+        if self._thread is None:
+            return
+        for number, handler in self._previous.items():
+            # None: it was installed by a library in C, which Python cannot install again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._previous_descriptor)
+        os.write(self._writable, b"\0")
+        self._thread.join()
+        os.close(self._readable)
+        os.close(self._writable)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
