@@ -36,7 +36,7 @@ size = 0
 in_loop = trainer.Loop.run
 
 
-def alternating(loop: trainer.Loop, state: Any, signals: Any) -> tuple[Any, str]:
+def alternating(loop: trainer.Loop, state: Any) -> tuple[Any, str]:
     """Run the loop's own steps and bare calls in turn, in place of `Loop.run`."""
     global size
 
@@ -44,7 +44,7 @@ def alternating(loop: trainer.Loop, state: Any, signals: Any) -> tuple[Any, str]
         settings = loop.setup.experiment
         run = dataclasses.replace(settings.run, steps=loop.step + count)
         loop.setup = dataclasses.replace(loop.setup, experiment=dataclasses.replace(settings, run=run))
-        state, _ = in_loop(loop, state, signals)
+        state, _ = in_loop(loop, state)
         return jax.block_until_ready(state)
 
     def calls(state: Any, count: int) -> Any:

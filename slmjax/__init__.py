@@ -20,6 +20,7 @@ Classes for experiment files come from three modules:
 Folders and files in reading order:
 
 - startup.py: settings that must be made before jax is imported
+- stop_signals.py: SIGINT and SIGTERM end a command soon, and let a run save
 - stored_json.py: read JSON files that may be damaged
 - faults.py: the hook by which tests break a run at a known place
 - config.py: read, write and fingerprint trees of frozen dataclasses

@@ -1,6 +1,15 @@
-"""`python -m slmjax` is the `slmjax` command."""
+"""The `slmjax` command, also as `python -m slmjax`: `cli.main`, with signals handled before it is imported."""
 
-from slmjax.cli import main
+from slmjax.stop_signals import StopSignals
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    with StopSignals(is_command=True):
+        from slmjax.cli import main as run
+
+        run()
+
 
 if __name__ == "__main__":
     main()

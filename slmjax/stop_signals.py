@@ -2,9 +2,9 @@
 
     with StopSignals(is_command=True) as signals:   # a signal raises `Stopped` in the main thread
         ...
-        with signals.deferred():                    # a signal is only noted
-            while not signals.requested():
-                ...                                 # a step
+        signals.defer()                             # a signal is only noted
+        while not signals.requested():
+            ...                                     # a step
 
 Python runs its own handler only between two instructions of the main thread, and a compilation or a
 collective is a single one that may take minutes. So a second thread receives every signal at once: it ends
@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 # Seconds in which the main thread may delete temporary files before the process is ended.
 GRACE_SECONDS = 5.0
@@ -39,6 +39,7 @@ class Stopped(KeyboardInterrupt):
         self.status = status  # exit status of a command that ends with it
 
 
+@runtime_checkable
 class Others(Protocol):
     """The other processes of a run, which stop together with this one."""
 
@@ -68,7 +69,7 @@ class _Mode(enum.Enum):
 class StopSignals:
     """Context in which the signals stop what is being done. Where one is entered already, it is that one.
 
-    A signal raises `Stopped` in the main thread, or within `deferred` is only noted. Only the main thread can
+    A signal raises `Stopped` in the main thread, or after `defer` is only noted. Only the main thread can
     install handlers: in another thread a run is stopped by its program.
     """
 
@@ -85,6 +86,7 @@ class StopSignals:
         self._mode = _Mode.END
         self._others: Others | None = None
         self._received: signal.Signals | None = None
+        self._ending = threading.Lock()  # taken by the thread that ends the process
         # Signals that the watching thread and the main thread have seen.
         self._num_watched = 0
         self._num_handled = 0
@@ -95,16 +97,25 @@ class StopSignals:
         self.sigterm_status = 128 + signal.SIGTERM
 
     # What the work asks --------------------------------------------------------------------------------------
+    @property
+    def received(self) -> bool:
+        """Return whether this process itself received a signal."""
+        return self._received is not None
+
     def requested(self) -> signal.Signals | None:
         """Return the signal to stop for, if any. Several processes must ask in step: all hear the same."""
         return self._received if self._others is None else self._others.agreed()
 
-    def deferred(self) -> contextlib.AbstractContextManager[None]:
-        """Only note signals: the work inside asks for them with `requested`. A second one ends it at once."""
-        return self._in_mode(_Mode.DEFER)
+    def defer(self) -> None:
+        """Only note signals from now on: the work asks for them with `requested`. A second one ends it."""
+        self._mode = _Mode.DEFER
+
+    def training(self) -> contextlib.AbstractContextManager[None]:
+        """Context at whose end signals are handled as before it."""
+        return self._in_mode(self._mode)
 
     def interruptible(self) -> contextlib.AbstractContextManager[None]:
-        """Raise `Stopped` at a signal, within `deferred`: for work that may be left out."""
+        """Raise `Stopped` at a signal, after `defer`: for work that may be left out."""
         return self._in_mode(_Mode.RAISE)
 
     @contextlib.contextmanager
@@ -179,7 +190,7 @@ class StopSignals:
                     self._end_all(name)
                 elif self._mode is not _Mode.END:
                     self._note(name)
-                else:
+                elif self._may_end:
                     pending = name
                     deadline = time.monotonic() + GRACE_SECONDS
                     if self._others is not None:
@@ -199,6 +210,7 @@ class StopSignals:
 
     def _end(self, stopped: Stopped) -> None:
         """End the process without waiting for anything: files are as sound as after a kill."""
+        self._ending.acquire()  # another thread that comes here waits for the end
         with contextlib.suppress(OSError, ValueError):
             print(stopped, file=sys.stderr, flush=True)
         with contextlib.suppress(OSError, ValueError):

@@ -37,7 +37,8 @@ from slmjax.cli.inspecting import data_command, models_command
 from slmjax.cli.options import checked_output, print_stderr
 from slmjax.cli.quantizing import quantize_command, verify_export_command
 from slmjax.cli.reporting import compare_command, report_command, runs_command
-from slmjax.cli.training import INTERRUPTED_STATUS, train_command
+from slmjax.cli.training import train_command
+from slmjax.stop_signals import INTERRUPTED_STATUS, Stopped, StopSignals
 from slmjax.telemetry.messages import MessageHandler
 
 __all__ = ["COMMANDS", "COMMAND_GROUPS", "INTERRUPTED_STATUS", "main"]
@@ -96,7 +97,7 @@ def _main(argv: Sequence[str]) -> None:
         sys.exit(2)
     startup.keep_memory()
     try:
-        with MessageHandler(print_stderr), checked_output():
+        with StopSignals(is_command=True), MessageHandler(print_stderr), checked_output():
             check(name, arguments)
             sys.exit(COMMANDS[name](arguments))
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
@@ -105,8 +106,11 @@ def _main(argv: Sequence[str]) -> None:
             raise
         print_stderr(f"error: {message}\n(set SLMJAX_TRACEBACK=1 for the traceback)")
         sys.exit(2)
+    except Stopped as stopped:
+        print_stderr(str(stopped))
+        sys.exit(stopped.status)
     except KeyboardInterrupt:
-        print_stderr("interrupted; saved checkpoints are kept. Resume with slmjax train --resume RUN_DIR")
+        print_stderr("stopped by SIGINT")
         sys.exit(130)
 
 

@@ -15,8 +15,7 @@ from slmjax.cli.options import (
     split_experiment,
     without_prefix,
 )
-
-INTERRUPTED_STATUS = 75  # EX_TEMPFAIL, "try again later": distinct from success and failure for supervisors
+from slmjax.stop_signals import INTERRUPTED_STATUS, StopSignals
 
 # Options that decide the defaults of the experiment's fields.
 START_OPTIONS = ("resume", "init_from", "teacher", "divergence", "quant")
@@ -46,15 +45,27 @@ def train_command(argv: Sequence[str]) -> int:
 
     EXPERIMENT is the name of a built-in one (`slmjax experiments` lists them; none: nano), or a Python file.
     """
-    import jax
-    from rich.console import Console
-
     from slmjax.parallel import hosts
-    from slmjax.runner import trainer
-    from slmjax.training import recipes
+    from slmjax.parallel.processes import share_signals
 
     if not asks_for_help(argv):
         hosts.join()  # before an experiment file, or anything else, can ask jax for a device
+    with StopSignals() as signals:
+        # A job that is preempted before its first step is worth another try.
+        signals.sigterm_status = INTERRUPTED_STATUS
+        share_signals(signals)
+        return _train(argv)
+
+
+def _train(argv: Sequence[str]) -> int:
+    """Train, with signals handled."""
+    import jax
+    from rich.console import Console
+
+    from slmjax.runner import trainer
+    from slmjax.runner.session import resume_command
+    from slmjax.training import recipes
+
     name, options = split_experiment(argv)
     load_code(options)
     start_options = {key: peek_option(options, f"--{key.replace('_', '-')}") for key in START_OPTIONS}
@@ -92,7 +103,10 @@ def train_command(argv: Sequence[str]) -> int:
     )
     # Every process trains; one reports.
     if jax.process_index() == 0:
-        print_json(dataclasses.asdict(result)) if args.json else _print_result(result)
+        if args.json:
+            print_json(dataclasses.asdict(result))
+        else:
+            _print_result(result, resume_command(Path(result.run_dir), args.experiment))
     return {"finished": 0, "interrupted": INTERRUPTED_STATUS}.get(result.status, 1)
 
 
@@ -194,7 +208,7 @@ def _with_one_length(experiment: Any, options: Sequence[str]) -> Any:
     return dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, epochs=None))
 
 
-def _print_result(result: Any) -> None:
+def _print_result(result: Any, resume_command: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -214,6 +228,8 @@ def _print_result(result: Any) -> None:
         table.add_row(name, f"{bits:.3f}")
     console.print()
     console.print(table)
+    if hint := _short_run(result):
+        console.print(hint)
     skipped = f", {result.skipped:,} steps skipped" if result.skipped else ""
     console.print(f"loss {result.loss:.4f}, {result.parameters:,} parameters{skipped}")
     # Both spans, where they differ: the counts of a resumed run are not those of its last session.
@@ -225,12 +241,27 @@ def _print_result(result: Any) -> None:
         f"{result.session_data_wait_share:.1%} of the training time spent waiting for data"
     )
     if result.status == "interrupted":
-        code = Path(result.run_dir) / "experiment.py"
-        option = f" --code {code}" if code.exists() else ""
-        console.print(f"resume with: slmjax train --resume {result.run_dir}{option}")
+        console.print(f"resume with: {resume_command}")
     if result.status == "diverged":
         console.print(
             "too many steps in a row were not finite: lower --optim.lr (and --optim.muon-lr, with muon), or "
             "lengthen --optim.warmup-steps"
         )
     console.print(f"run directory: {result.run_dir}")
+
+
+# Tokens per parameter for which the loss is lowest at a fixed amount of computation (Hoffmann et al. 2022).
+OPTIMAL_TOKENS = 20
+
+
+def _short_run(result: Any) -> str | None:
+    """Return a hint that the model was trained on little, where a compressor beats it."""
+    if not result.compressors or result.bits_per_byte <= min(result.compressors.values()):
+        return None
+    tokens = result.tokens / result.parameters
+    if tokens >= OPTIMAL_TOKENS:
+        return None
+    return (
+        f"a short run: it has seen {tokens:.2g} tokens per parameter, and models are usually trained on "
+        f"{OPTIMAL_TOKENS} or more. More of --run.steps lowers its bits per byte"
+    )

@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from slmjax import config as config_io
+from slmjax import faults
 from slmjax.checkpoints.loading import Loaded
 from slmjax.data.batch import Batch
 from slmjax.data.config import DataConfig
@@ -170,6 +171,7 @@ def evaluate_batches(
     *,
     mesh: Mesh | None = None,
     teachers: TeacherCall | None = None,
+    on_batch: Callable[[], None] | None = None,
 ) -> EvalResult:
     """Evaluate all batches. On a mesh the parameters must be on it, and each process passes its own rows.
 
@@ -180,6 +182,7 @@ def evaluate_batches(
       batches: batches of the evaluation.
       mesh: the mesh; None for one device.
       teachers: called with each batch on its devices; its outputs are compared with the model's.
+      on_batch: called after each batch; what it raises ends the evaluation.
     """
     started = time.monotonic()
     # Only sums are exchanged between devices: every mean is taken once, over all tokens.
@@ -193,6 +196,9 @@ def evaluate_batches(
             running = eval_step(params, buffers, placed, *outputs)
         _add(totals, pending)
         pending = running
+        faults.at("evaluation.batch")
+        if on_batch is not None:
+            on_batch()
     _add(totals, pending)
     # Every token is scored exactly once, or bits per byte would not compare.
     assert totals["weight"] == batches.num_targets, (

@@ -7,5 +7,5 @@ Files in reading order:
 - communication.py: sharding constraints, `shard_map` and collectives
 - batches.py: which sequences a process reads, and global arrays
 - hosts.py: how the processes of a run find each other
-- processes.py: order, messages and stop requests between processes
+- processes.py: order, messages and signals between processes
 """

@@ -86,6 +86,8 @@ def join(environ: Mapping[str, str] = os.environ) -> Join | None:
             "local_device_ids": how.local_device,
             "cluster_detection_method": "deactivate",
         }
+    # Its handler of SIGTERM would replace that of slmjax (`processes.SharedSignals`).
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         with _time_limit(how):
             jax.distributed.initialize(**arguments, initialization_timeout=how.seconds + _MARGIN_SECONDS)

@@ -39,6 +39,7 @@ from slmjax.runner.out_of_memory import explaining_out_of_memory
 from slmjax.runner.resume import is_complete, run_to_resume, tokenizer_of, warn_of_other_data
 from slmjax.runner.setup import Setup, set_up, with_teachers
 from slmjax.runner.token_count import TokenCount
+from slmjax.stop_signals import StopSignals
 from slmjax.telemetry.messages import MessageHandler
 from slmjax.telemetry.meter import Meter
 from slmjax.telemetry.profiling import Profile
@@ -49,6 +50,8 @@ from slmjax.training.experiment import Experiment, with_absolute_paths
 from slmjax.training.state import TrainState
 
 log = logging.getLogger(__name__)
+
+NOTHING_LOST = "before the first step of this session, so nothing is lost"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,8 +103,13 @@ def open_session(
     profile: int | None = None,
     console: Console | None = None,
     restart: bool = False,
+    signals: StopSignals,
 ) -> Iterator[Session]:
-    """Open a session of a new run, or of the run `resume`. The arguments are those of `trainer.train`."""
+    """Open a session of a new run, or of the run `resume`.
+
+    The arguments are those of `trainer.train`, and the signals that may end it.
+    """
+    signals.note = NOTHING_LOST
     # The ledger counts wall time from here on.
     ledger = Ledger()
     if jax.default_backend() == "cpu":
@@ -116,9 +124,7 @@ def open_session(
         peak_flops = _peak_flops(experiment, mesh)
     # One stack, so that whatever was opened is closed in reverse order, also where a later step raises.
     with ExitStack() as stack:
-        progress = Progress(
-            num_steps=experiment.run.steps, process_index=jax.process_index(), console=console
-        )
+        progress = _progress(experiment, console)
         # Warnings of the setup come before there is a log: the handler keeps them until `write_to`.
         records = stack.enter_context(MessageHandler(progress.print))
         cache = stack.enter_context(CompilationCache())
@@ -144,6 +150,7 @@ def open_session(
             _check_resumption(run, setup, first_step)
             so_far = {"step": first_step, "seconds": ledger.total()}
             record_session(setup, run, run_log, **so_far, code=code, is_resumed=resume is not None)
+            signals.note = f"{NOTHING_LOST}. Resume with: {resume_command(run.path, setup.experiment)}"
             trackers = stack.enter_context(open_trackers(run, experiment))
         print_banner(setup, run, source, progress, first_step)
         stack.enter_context(progress)
@@ -181,6 +188,34 @@ def _set_up(experiment: Experiment, run: RunDirectory | None, mesh: Mesh, progre
         if run is not None:
             run_to_resume(run.path, setup.experiment)  # in a longer run, quantization may begin later
     return setup
+
+
+def resume_command(run: Path, experiment: Experiment) -> str:
+    """Return the command that resumes a run."""
+    code = run / "experiment.py"
+    # The file is needed only to read a config that names classes of its own.
+    needs_code = code.exists() and any(not is_of_package(cls) for cls in config_classes(experiment))
+    return f"slmjax train --resume {run}{f' --code {code}' if needs_code else ''}"
+
+
+def config_classes(tree: Any) -> Iterator[type]:
+    """Return the classes of a config, at any depth."""
+    if dataclasses.is_dataclass(tree):
+        yield type(tree)
+        for field in dataclasses.fields(tree):
+            yield from config_classes(getattr(tree, field.name))
+    elif isinstance(tree, dict | tuple | list):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            yield from config_classes(item)
+
+
+def is_of_package(cls: type) -> bool:
+    """Return whether slmjax defines the class."""
+    return cls.__module__.partition(".")[0] == "slmjax"
+
+
+def _progress(experiment: Experiment, console: Console | None) -> Progress:
+    return Progress(num_steps=experiment.run.steps, process_index=jax.process_index(), console=console)
 
 
 def _log_process() -> None:

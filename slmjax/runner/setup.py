@@ -10,6 +10,7 @@ the directory of a resumed run.
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,13 @@ class Setup:
             text=settings.score,
         )
 
-    def evaluate(self, state: TrainState, max_documents: int | None) -> EvalResult | None:
-        """Return loss and bits per byte on held-out text, or None where nothing is held out."""
+    def evaluate(
+        self, state: TrainState, max_documents: int | None, *, on_batch: Callable[[], None] | None = None
+    ) -> EvalResult | None:
+        """Return loss and bits per byte on held-out text, or None where nothing is held out.
+
+        `on_batch` is called after each batch, and may raise to end the evaluation.
+        """
         batches = self.heldout(max_documents)
         if batches is None:
             return None
@@ -83,6 +89,7 @@ class Setup:
             batches,
             mesh=self.mesh,
             teachers=teachers,
+            on_batch=on_batch,
         )
         return result.with_tokenizer(self.prepared.tokenizer, self.prepared.heldout)
 

@@ -4,19 +4,20 @@
     result = train(experiment, resume=run_dir)      # resumes from the newest intact checkpoint
 
 The loop feeds batches, calls the compiled step (`training/step.py`), logs, evaluates, saves. A run can be
-stopped at any time. Ctrl-C and SIGTERM save, and the last message has the command that resumes. After kill -9
-at most the steps since the last checkpoint are repeated, with the same data and, on the same machine and
+stopped at any time. After Ctrl-C or SIGTERM it stops after the step, saves and leaves without evaluating; the
+last message has the command that resumes. A second one ends at once. After kill -9 at most the steps since the last checkpoint are repeated, with the same data and, on the same machine and
 topology, the same bits.
 """
 
+import collections
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -27,19 +28,21 @@ from slmjax.data.batch import Batch
 from slmjax.evaluation.bits_per_byte import EvalResult
 from slmjax.evaluation.compressors import compressed_bits_per_byte
 from slmjax.parallel.batches import place_batch
-from slmjax.parallel.processes import StopSignals
+from slmjax.parallel.processes import share_signals
 from slmjax.quantization.fake_quantization import phase_of
 from slmjax.runner import quant_phases
 from slmjax.runner.launch import num_parameters
 from slmjax.runner.out_of_memory import explaining_out_of_memory
-from slmjax.runner.session import Session, open_session
+from slmjax.runner.session import Session, open_session, resume_command
 from slmjax.runner.session_record import run_seconds
+from slmjax.stop_signals import INTERRUPTED_STATUS, Stopped, StopSignals
 from slmjax.telemetry.report import write_report
 from slmjax.telemetry.run_directory import Category, RunDirectory, commit
 from slmjax.training.experiment import Experiment
 from slmjax.training.metrics import named_metrics
 from slmjax.training.state import TrainState
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +50,8 @@ log = logging.getLogger(__name__)
 class Result:
     """The result of a run: the fields of result.json."""
 
-    status: str  # "finished", "interrupted" or "diverged"
+    # "finished", "interrupted", "diverged", or "not_saved": the last state or this result could not be saved
+    status: str
     loss: float  # nats per token, on the text that `measured_on` names
     bits_per_byte: float  # on the same text
     # "held-out text", "part of the held-out text" (if cut short), "the completions of" them, "the last
@@ -77,6 +81,7 @@ class Result:
     best_measured_on: str | None = None  # the text of `best_loss`, worded as in `measured_on`
     # loss of the last step on the part of the held-out text of `best_loss`; None if that was all of it
     part_loss: float | None = None
+    log_lines_lost: int = 0  # records of this session that a full disk kept from log.jsonl
 
 
 def train(
@@ -107,34 +112,44 @@ def train(
         raise ValueError(f"profile is {profile}: give the number of steps to trace, 1 or more")
     # Inside the session, so that an error still closes the log and waits for checkpoints that are being
     # written.
-    with open_session(
-        experiment, resume=resume, restart=restart, code=code, profile=profile, console=console
-    ) as session:
-        loop = Loop(session)
-        with (
-            explaining_out_of_memory(
+    with StopSignals() as signals, signals.training():
+        share_signals(signals)
+        with open_session(
+            experiment,
+            resume=resume,
+            restart=restart,
+            code=code,
+            profile=profile,
+            console=console,
+            signals=signals,
+        ) as session:
+            loop = Loop(session, signals)
+            with explaining_out_of_memory(
                 session.setup,
                 activity=lambda: loop.activity,
                 step=lambda: loop.step,
                 is_resumed=session.is_resumed,
                 record=session.telemetry.log.write,
-            ),
-            StopSignals() as signals,
-        ):
-            # No variable keeps the state alive: where memory runs out, compiling for advice needs its memory.
-            return _finish(loop, *loop.run(session.take_state(), signals), signals)
+            ):
+                # No variable keeps the state alive: where memory runs out, compiling for advice needs its
+                # memory.
+                return _finish(loop, *loop.run(session.take_state()))
 
 
 ALL = "held-out text"
 PART = "part of the held-out text"
 TRAINING_BATCH = "the last training batch"
 
+# The host prepares the next step while one computes and one waits.
+STEPS_UNDER_WAY = 2
+
 
 class Loop:
     """The steps of one session of a run, until the last one, a signal or divergence."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, signals: StopSignals) -> None:
         self.session = session
+        self.signals = signals
         self.setup = session.setup
         self.telemetry = session.telemetry
         self.checkpointer = session.checkpointer
@@ -154,21 +169,23 @@ class Loop:
         # The text by whose loss the best step is selected, once it was evaluated in this session.
         self.best_measured_on: str | None = None
         self.part_loss: float | None = None  # of the last step, if that text is a part of the held-out text
-        self._saved_step = self.first_step  # of the checkpoint that the state came from, or 0
+        self._saved_step: int | None = self.first_step  # of the checkpoint that the state came from, or 0
         self._skipped = int(session.state.skipped)
         self._logged_step = self.step
         # Tokens of this session without padding, of all processes, estimated from the sequences of this one.
         self._fed = 0
+        # A metric of each step that the devices may not have done yet.
+        self._under_way: collections.deque[jax.Array] = collections.deque()
 
-    def run(self, state: TrainState, signals: StopSignals) -> tuple[TrainState, str]:
+    def run(self, state: TrainState) -> tuple[TrainState, str]:
         """Train until the last step. Return the state and the status: finished, interrupted or diverged."""
         with self.telemetry.profile as profile:
-            state, status = self._steps(state, signals)
+            state, status = self._steps(state)
             if profile.is_running:
                 jax.block_until_ready(state.step)  # steps that are under way belong to the trace
         return state, status
 
-    def _steps(self, state: TrainState, signals: StopSignals) -> tuple[TrainState, str]:
+    def _steps(self, state: TrainState) -> tuple[TrainState, str]:
         experiment = self.setup.experiment
         profile = self.telemetry.profile
         # The host counts steps itself: reading `state.step` would wait for the device at every step.
@@ -195,7 +212,7 @@ class Loop:
             if self.step % experiment.checkpoint.every == 0 and not is_last:
                 self.save(state)
             # Asked after the step is complete, so that all processes stop after the same one.
-            if not is_last and (signal := signals.requested(self.step)) is not None:
+            if not is_last and (signal := self.signals.requested()) is not None:
                 self.telemetry.progress.print(f"{signal.name} received after step {self.step}: saving")
                 return state, "interrupted"
         return state, "finished"
@@ -231,7 +248,16 @@ class Loop:
                 # The pace is measured without compilation and without the wait for the first batch.
                 self.telemetry.meter.restart(tokens=self._fed, waiting=self.batches.waiting_seconds)
                 self.telemetry.cache.report()
+                # From now on there are steps to save.
+                self.signals.defer()
+            self._limit_steps_under_way(metrics["loss"])
         return state, metrics
+
+    def _limit_steps_under_way(self, metric: jax.Array) -> None:
+        """Wait until few steps are left to the devices: a signal stops the run only once they are done."""
+        self._under_way.append(metric)
+        if len(self._under_way) > STEPS_UNDER_WAY:
+            jax.block_until_ready(self._under_way.popleft())
 
     def _begin_phase(self, state: TrainState, placed: Batch) -> TrainState:
         """Take the programs of the next step's quantization phase, and the state with which it begins."""
@@ -243,11 +269,23 @@ class Loop:
         return quant_phases.begin_phase(self.setup, state, placed)
 
     def evaluate(self, state: TrainState, max_documents: int | None) -> EvalResult | None:
-        """Return loss and bits per byte on held-out text, or None where nothing is held out."""
+        """Return loss and bits per byte on held-out text.
+
+        None where nothing is held out, or a signal came: it ends the evaluation between two batches.
+        """
         self.activity = "evaluation"
-        result = self.setup.evaluate(state, max_documents)
-        self.activity = "training"
-        return result
+        try:
+            self._heed_signals()
+            return self.setup.evaluate(state, max_documents, on_batch=self._heed_signals)
+        except Stopped:
+            return None
+        finally:
+            self.activity = "training"
+
+    def _heed_signals(self) -> None:
+        """Raise `Stopped` if the run is to stop, in all processes at the same call."""
+        if (number := self.signals.requested()) is not None:
+            raise Stopped(number.name, status=INTERRUPTED_STATUS)
 
     def save(self, state: TrainState, *, best_loss: float | None = None, diverged: bool = False) -> None:
         """Start to write a checkpoint of this step, unless there is one."""
@@ -258,16 +296,34 @@ class Loop:
                 self.checkpointer.save(self.step, items, best_loss=best_loss, diverged=diverged)
             self._saved_step = self.step
 
+    def save_last(self, state: TrainState, *, diverged: bool = False) -> bool:
+        """Save this step and wait for it. Return whether it is on disk, to be resumed from."""
+        if self.checkpointer.last_saved != self.step:
+            if dict(self.checkpointer.failures).get(self.step):
+                self._saved_step = None  # a save of this step has failed, and is tried again
+            self.save(state, diverged=diverged)
+            with self.telemetry.ledger.timed(Category.CHECKPOINT):
+                self.checkpointer.wait()
+        return self.checkpointer.last_saved == self.step
+
     def record(self, kind: str, **values: Any) -> None:
         """Write a record of this step to the log and to the trackers."""
         self.telemetry.record(kind, step=self.step, **values)
 
     def sample(self, state: TrainState) -> list[str]:
-        """Return continuations of the run's prompts, which are logged too."""
-        samples = self.setup.sample(state)
+        """Return continuations of the run's prompts, which are logged too; none if a signal comes."""
+        samples = self.unless_stopped(lambda: self.setup.sample(state)) or []
         for prompt, text in zip(self.setup.experiment.run.sample_prompts, samples, strict=False):
             self.record("sample", prompt=prompt, text=text)
         return samples
+
+    def unless_stopped(self, work: Callable[[], T]) -> T | None:
+        """Return what `work` does, in which no other process takes part; None if a signal came or comes."""
+        try:
+            with self.signals.interruptible():
+                return None if self.signals.received else work()
+        except Stopped:
+            return None
 
     @contextmanager
     def _not_training(self, category: Category, state: TrainState) -> Iterator[None]:
@@ -380,31 +436,32 @@ class Loop:
 
 
 # After the loop ---------------------------------------------------------------------------------------------
-def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) -> Result:
+def _finish(loop: Loop, state: TrainState, status: str) -> Result:
     """Save, evaluate on all held-out text, sample, and write result.json.
 
-    The state is safe on disk before the rest begins. A signal that comes meanwhile ends the session as
-    interrupted: resuming does what was left out.
+    The state is safe on disk before the rest begins, which a signal cuts short. A run that was interrupted
+    leaves it out.
     """
     telemetry = loop.telemetry
     # Saved first: an evaluation takes long, and a job that is preempted is killed soon after its signal.
-    loop.save(state, diverged=status == "diverged")
-    with telemetry.ledger.timed(Category.CHECKPOINT):
-        loop.checkpointer.wait()
+    is_saved = loop.save_last(state, diverged=status == "diverged")
     evaluation = None
     samples = []
     compressors = {}
-    with telemetry.ledger.timed(Category.EVAL):
-        if status != "interrupted" and not signals.received:
+    if status != "interrupted":
+        with telemetry.ledger.timed(Category.EVAL):
             evaluation = loop.evaluate_last(state)
-        if evaluation is not None and not signals.received:
-            # Compressors read all held-out text, so they compare with nothing else.
-            if jax.process_index() == 0 and evaluation.is_all:
-                compressors = compressed_bits_per_byte(loop.setup.prepared.heldout_text())
-            samples = loop.sample(state)
-    # Resuming such a run evaluates it and writes the result again.
-    if signals.received and status == "finished":
-        status = "interrupted"
+            if evaluation is not None:
+                # Compressors read all held-out text, so they compare with nothing else.
+                if jax.process_index() == 0 and evaluation.is_all:
+                    compressors = loop.unless_stopped(lambda: _compressors(loop)) or {}
+                samples = loop.sample(state)
+        # There may be room again.
+        if status == "finished" and not is_saved:
+            is_saved = loop.save_last(state)
+    if not is_saved and status != "diverged":
+        status = "not_saved"
+        _explain_not_saved(loop)
     metrics = loop.last
     if evaluation is not None:
         metrics = {
@@ -413,13 +470,49 @@ def _finish(loop: Loop, state: TrainState, status: str, signals: StopSignals) ->
             "bits_per_byte": evaluation.bits_per_byte,
         }
         loop.record("eval", documents=evaluation.documents, complete=True, **evaluation.metrics())
+    elif status == "finished" and (number := loop.signals.requested()) is not None:
+        telemetry.progress.print(
+            f"{number.name} received after the last step: the evaluation of the held-out text was cut short. "
+            f"slmjax eval {telemetry.run.path} does it"
+        )
     result = _result(loop, state, status=status, metrics=metrics, compressors=compressors, samples=samples)
-    # One writer for each file; the other processes have the same values.
-    if jax.process_index() == 0:
-        telemetry.run.write_json("result.json", dataclasses.asdict(result))
     loop.record("result", status=status, **metrics)
     if jax.process_index() == 0:
-        _write_page(telemetry.run)
+        result = _write_result(loop, result)
+        # The page takes seconds, which a preempted job may not have. `slmjax report` writes it.
+        if not loop.signals.received and status != "interrupted":
+            _write_page(telemetry.run)
+    return result
+
+
+def _compressors(loop: Loop) -> dict[str, float]:
+    return compressed_bits_per_byte(loop.setup.prepared.heldout_text())
+
+
+def _explain_not_saved(loop: Loop) -> None:
+    """Log what is lost because the last state could not be saved, and how to get it again."""
+    last = loop.checkpointer.last_saved
+    reasons = dict(loop.checkpointer.failures)
+    log.error(
+        "step %d could NOT be saved (%s): %s. Free disk space, then repeat the steps since with: %s",
+        loop.step,
+        reasons.get(loop.step, "unknown reason"),
+        "no checkpoint is left of this run" if last is None else f"the newest checkpoint is of step {last}",
+        resume_command(loop.telemetry.run.path, loop.setup.experiment),
+    )
+
+
+def _write_result(loop: Loop, result: Result) -> Result:
+    """Write result.json. Where it cannot be written, the result says so, as nothing on disk does."""
+    try:
+        loop.telemetry.run.write_json("result.json", dataclasses.asdict(result))
+    except OSError as error:
+        log.error(
+            "result.json could NOT be written (%s). Free disk space, then write it with: %s",
+            error.strerror or error,
+            resume_command(loop.telemetry.run.path, loop.setup.experiment),
+        )
+        return dataclasses.replace(result, status="not_saved")
     return result
 
 
@@ -462,6 +555,7 @@ def _result(
         lost_text=setup.prepared.lost_text,
         best_measured_on=loop.best_measured_on,
         part_loss=loop.part_loss,
+        log_lines_lost=telemetry.log.lost,
     )
 
 
@@ -469,5 +563,7 @@ def _write_page(run: RunDirectory) -> None:
     """Write the run's page, where the extra that draws it is installed. A run does not fail for its page."""
     try:
         write_report(run.path)
+    except OSError as error:
+        log.warning("report.html could not be written: %s", error.strerror or error)
     except Exception as error:
         log.info("no report.html: %s", error)

@@ -103,9 +103,14 @@ def test_a_run_cut_short_says_what_it_measured(
     every: int,
     measured_on: str,
 ) -> None:
-    monkeypatch.setattr(
-        trainer.StopSignals, "requested", lambda _, step: signal.SIGTERM if step == 3 else None
-    )
+    step = trainer.Loop._step
+
+    def interrupted(loop: trainer.Loop, state: object) -> object:
+        if loop.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(loop, state)
+
+    monkeypatch.setattr(trainer.Loop, "_step", interrupted)
     changed = dataclasses.replace(
         experiment,
         eval=dataclasses.replace(experiment.eval, every=every),

@@ -157,8 +157,7 @@ def test_a_signal_saves_and_says_how_to_resume(story):
     for (_, output), name in ((story.terminated, "SIGTERM"), (story.interrupted, "SIGINT")):
         assert re.search(rf"^{name} received after step \d+: saving$", output, flags=re.MULTILINE)
         assert (
-            f"resume with: slmjax train --resume {story.run_dir} --code {story.run_dir}/experiment.py\n"
-            in output
+            f"resume with: slmjax train --resume {story.run_dir}\n" in output
         )
         assert output.splitlines()[-1] == f"run directory: {story.run_dir}"
     assert f"resuming after step {story.first_result['step']}\n" in story.killed[1]
@@ -475,22 +474,31 @@ def test_a_run_whose_checkpoints_are_gone_begins_again_only_if_asked_to(finished
     assert slmjax.train(experiment, resume=run_dir, restart=True, console=quiet()).loss == result.loss
 
 
-def test_a_signal_after_the_last_step_loses_nothing(finished, workplace, tmp_path, monkeypatch):
-    """It comes during the last evaluation: the state is saved by then, and resuming does the rest."""
-    experiment, result = finished
-    signals = []
+def test_a_signal_after_the_last_step_leaves_a_finished_run(finished, workplace, tmp_path, monkeypatch):
+    """It comes in the last evaluation, of several batches, and ends it after the first."""
+    batches = []
+    evaluate = Setup.evaluate
 
-    def interrupted_evaluation(setup, state, max_documents):
-        signal.raise_signal(signals.pop())
+    def interrupted(setup, state, max_documents, *, on_batch):
+        def after_batch():
+            batches.append(1)
+            signal.raise_signal(signal.SIGTERM)
+            on_batch()
 
+        return evaluate(setup, state, max_documents, on_batch=after_batch)
+
+    experiment = one_layer(workplace, tmp_path, steps=6)
     with monkeypatch.context() as patched:
-        patched.setattr(Setup, "evaluate", interrupted_evaluation)
-        signals.append(signal.SIGTERM)
-        stopped = slmjax.train(one_layer(workplace, tmp_path, steps=6), console=quiet())
-    assert (stopped.status, stopped.step, stopped.samples) == ("interrupted", 6, [])
+        patched.setattr(Setup, "evaluate", interrupted)
+        console = quiet()
+        stopped = slmjax.train(experiment, console=console)
+    assert (stopped.status, stopped.step, stopped.samples, len(batches)) == ("finished", 6, [], 1)
+    # The loss is that of the last thing that was measured, and named so.
+    last = read_log(Path(stopped.run_dir) / "log.jsonl", kind="train")[-1]
+    assert (stopped.measured_on, stopped.loss) == ("the last training batch", last["loss"])
+    assert result_of(Path(stopped.run_dir))["status"] == "finished"
+    assert f"cut short. slmjax eval {stopped.run_dir} does it" in console.file.getvalue()
     assert (Path(stopped.run_dir) / "checkpoints" / "6" / "MANIFEST.json").exists()
-    again = slmjax.train(experiment, resume=stopped.run_dir, console=quiet())
-    assert (again.status, again.loss, again.step) == ("finished", result.loss, 6)
 
 
 def test_resuming_with_other_rows_is_logged(finished, tmp_path):
