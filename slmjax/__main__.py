@@ -1,4 +1,4 @@
-"""The `slmjax` command, also as `python -m slmjax`: `cli.main`, with signals handled before it is imported."""
+"""The `slmjax` command, also as `python -m slmjax`: `cli.main`, which is imported with signals handled."""
 
 from slmjax.stop_signals import StopSignals
 

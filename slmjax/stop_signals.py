@@ -96,7 +96,7 @@ class StopSignals:
         self.note = ""
         self.sigterm_status = 128 + signal.SIGTERM
 
-    # What the work asks --------------------------------------------------------------------------------------
+    # What the work asks -------------------------------------------------------------------------------------
     @property
     def received(self) -> bool:
         """Return whether this process itself received a signal."""
@@ -127,7 +127,7 @@ class StopSignals:
         finally:
             self._mode = before
 
-    # Several processes ---------------------------------------------------------------------------------------
+    # Several processes --------------------------------------------------------------------------------------
     @property
     def is_shared(self) -> bool:
         """Return whether signals are shared with other processes."""
@@ -145,7 +145,7 @@ class StopSignals:
             # As a signal, since nothing else interrupts what the main thread waits for.
             os.kill(os.getpid(), number)
 
-    # Receiving -----------------------------------------------------------------------------------------------
+    # Receiving ----------------------------------------------------------------------------------------------
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal in the main thread: raise, or note it."""
         name = signal.Signals(number)
@@ -219,7 +219,7 @@ class StopSignals:
             self._others.leave()
         os._exit(stopped.status)
 
-    # Entering ------------------------------------------------------------------------------------------------
+    # Entering -----------------------------------------------------------------------------------------------
     def __enter__(self) -> "StopSignals":
         if StopSignals._active is not None:
             return StopSignals._active

@@ -258,7 +258,7 @@ def _short_run(result: Any) -> str | None:
     """Return a hint that the model was trained on little, where a compressor beats it."""
     if not result.compressors or result.bits_per_byte <= min(result.compressors.values()):
         return None
-    tokens = result.tokens / result.parameters
+    tokens = result.run_tokens / result.parameters
     if tokens >= OPTIMAL_TOKENS:
         return None
     return (

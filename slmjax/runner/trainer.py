@@ -5,8 +5,8 @@
 
 The loop feeds batches, calls the compiled step (`training/step.py`), logs, evaluates, saves. A run can be
 stopped at any time. After Ctrl-C or SIGTERM it stops after the step, saves and leaves without evaluating; the
-last message has the command that resumes. A second one ends at once. After kill -9 at most the steps since the last checkpoint are repeated, with the same data and, on the same machine and
-topology, the same bits.
+last message has the command that resumes. A second one ends at once. After kill -9 at most the steps since
+the last checkpoint are repeated, with the same data and, on the same machine and topology, the same bits.
 """
 
 import collections
