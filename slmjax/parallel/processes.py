@@ -83,7 +83,7 @@ class SharedSignals:
           client: the client of jax's coordination service.
           index: the index of this process.
           count: the number of processes.
-          signals: what is told if another process cannot wait.
+          signals: the signals of this process, which end it if another process cannot wait.
         """
         self._client = client
         self._index = index
