@@ -156,9 +156,7 @@ def test_the_story_went_as_planned(story):
 def test_a_signal_saves_and_says_how_to_resume(story):
     for (_, output), name in ((story.terminated, "SIGTERM"), (story.interrupted, "SIGINT")):
         assert re.search(rf"^{name} received after step \d+: saving$", output, flags=re.MULTILINE)
-        assert (
-            f"resume with: slmjax train --resume {story.run_dir}\n" in output
-        )
+        assert f"resume with: slmjax train --resume {story.run_dir}\n" in output
         assert output.splitlines()[-1] == f"run directory: {story.run_dir}"
     assert f"resuming after step {story.first_result['step']}\n" in story.killed[1]
 
