@@ -2,9 +2,9 @@
 
 Everything that a batch contributes is a sum. Counts come from the batch alone, and sums are divided by the
 counts of the global batch, so that accumulation, padding and the number of devices never change the
-loss. A step whose loss or gradient is not finite, or whose global batch has no scored target, is skipped on
-the device: parameters, moments, averages and buffers keep their old values, the learning rate schedule does
-not advance, and the skip is counted.
+loss. A step whose loss, gradient or new state is not finite, or whose global batch has no scored target, is
+skipped on the device: parameters, moments, averages and buffers keep their old values, the learning rate
+schedule does not advance, and the skip is counted.
 
 Dims: B batch, T time.
 """
@@ -100,8 +100,9 @@ def train_step(
     if settings.objective.distill is not None:
         # A divergence may go by its own value on the global batch, as TAID does.
         updated = dataclasses.replace(updated, divergence=update_divergence(settings, state, sums, totals))
-    # The host waits for no step, so the device itself decides whether an update counts.
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    # The host waits for no step, so the device itself decides whether an update counts. Loss and gradient do
+    # not suffice: the update overflows too where the rate or a moment is too large.
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & is_finite_state(updated)
     new_state = keep_if_finite(updated, state, is_finite=is_finite, num_targets=totals["targets"])
     metrics = step_metrics(
         new_state,
@@ -334,14 +335,20 @@ def update_divergence(
     )
 
 
+def is_finite_state(state: TrainState) -> Bool[Array, ""]:
+    """Return whether all numbers of a state are finite."""
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
+
+
 def keep_if_finite(
     updated: TrainState, state: TrainState, *, is_finite: Bool[Array, ""], num_targets: Array
 ) -> TrainState:
     """Return the updated state, or the old one where the step is skipped, with the counters advanced.
 
-    A step is skipped where its loss or gradient is not finite, or where its batch has no target: the mean
-    over no target is no loss. Only the first kind counts for `skipped_in_a_row`, by which a run that diverges
-    ends.
+    A step is skipped where its loss, gradient or new state is not finite, or where its batch has no target:
+    the mean over no target is no loss. Only the first kind counts for `skipped_in_a_row`, by which a run that
+    diverges ends.
     """
     is_empty = num_targets == 0
     is_kept = is_finite & ~is_empty

@@ -276,6 +276,25 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(value):
     )
 
 
+@pytest.mark.parametrize("value", [math.nan, 3e38])
+def test_a_step_whose_new_state_is_not_finite_is_skipped(value):
+    """Loss and gradient are finite: the moments of an unsound checkpoint make the update overflow."""
+    compiled = build()
+    before = compiled.run(first_state(), make_batch(0))[0]
+    unsound = dataclasses.replace(
+        before,
+        optimizer=jax.tree.map(
+            lambda leaf: np.full_like(leaf, value) if leaf.dtype == np.float32 and leaf.ndim else leaf,
+            before.optimizer,
+        ),
+    )
+    after, metrics = compiled.run(unsound, make_batch(1))
+    assert math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+    assert (int(after.skipped), int(after.skipped_in_a_row)) == (1, 1)
+    for name in ("params", "buffers", "optimizer", "ema"):
+        assert_bits_equal(getattr(after, name), getattr(unsound, name))
+
+
 def without_targets(batch: Batch, rows=slice(None)) -> Batch:
     """The batch with no target of these rows scored."""
     batch.loss_mask[rows] = 0
