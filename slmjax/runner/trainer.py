@@ -363,8 +363,8 @@ class Loop:
         """Warn of steps that were skipped since the last line of the log."""
         if skipped := total - self._skipped:
             log.warning(
-                "%d of steps %d to %d skipped, their loss, gradient or new state is not finite or no token is scored: "
-                "%d in all, %d in a row",
+                "%d of steps %d to %d skipped, their loss, gradient or new state is not finite or no token "
+                "is scored: %d in all, %d in a row",
                 skipped,
                 self._logged_step + 1,
                 self.step,

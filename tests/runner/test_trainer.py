@@ -420,8 +420,8 @@ def test_a_run_that_diverges_ends_cleanly(workplace, tmp_path):
     assert result_of(run_dir)["status"] == "diverged"
     messages = [record["text"] for record in read_log(run_dir / "log.jsonl", kind="message")]
     assert (
-        "1 of steps 5 to 5 skipped, their loss, gradient or new state is not finite or no token is scored: 4 in all, 4 "
-        "in a row"
+        "1 of steps 5 to 5 skipped, their loss, gradient or new state is not finite or no token is scored: "
+        "4 in all, 4 in a row"
     ) in messages
     assert slmjax.load_model(run_dir).step == 5
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["5.diverged"]
