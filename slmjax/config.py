@@ -21,7 +21,7 @@ import logging
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -182,6 +182,25 @@ def fingerprint(tree: Any) -> str:
     short = _encode(tree, Any, "", is_short=True)
     canonical = json.dumps(short, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Yield the dotted path of each value in which two JSON values differ, and both values.
+
+    A value that only one side has is None on the other. Lists of other lengths, and objects of other classes
+    (the key "type"), differ as a whole.
+    """
+    if before == after and type(before) is type(after):
+        return
+    if isinstance(before, Mapping) and isinstance(after, Mapping) and before.get("type") == after.get("type"):
+        for name in dict.fromkeys((*before, *after)):
+            inner = f"{path}.{name}" if path else str(name)
+            yield from differences(before.get(name), after.get(name), inner)
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for i, pair in enumerate(zip(before, after, strict=True)):
+            yield from differences(*pair, f"{path}[{i}]")
+    else:
+        yield path, (before, after)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

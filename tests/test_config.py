@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from slmjax.config import (
     ConfigError,
     added_field,
+    differences,
     dumps,
     fingerprint,
     from_json,
@@ -394,3 +395,15 @@ def test_a_field_cannot_be_named_type() -> None:
 
 def test_json_is_plain() -> None:
     assert json.loads(dumps(CORNERS)) == to_json(CORNERS)
+
+
+def test_differences_are_named_by_path() -> None:
+    before = {"a": {"type": "X", "b": 1}, "c": [1, {"d": 2}], "e": [1], "f": 1}
+    after = {"a": {"type": "Y", "b": 2}, "c": [1, {"d": 3}], "e": [1, 2], "f": 1.0, "g": 0}
+    assert dict(differences(before, after)) == {
+        "a": ({"type": "X", "b": 1}, {"type": "Y", "b": 2}),
+        "c[1].d": (2, 3),
+        "e": ([1], [1, 2]),
+        "f": (1, 1.0),
+        "g": (None, 0),
+    }

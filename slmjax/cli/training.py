@@ -31,8 +31,8 @@ FIRST_OPTIONS = (
     "model.stack.0.repeats",
     "init-from",
     "resume",
+    "quant",
     "run.name",
-    "dry-run",
 )
 
 
@@ -42,29 +42,55 @@ def train_command(argv: Sequence[str]) -> int:
     slmjax train [EXPERIMENT] [--optim.lr 3e-4 ...]
     slmjax train [EXPERIMENT] [--init-from DIR] [--teacher DIR]
     slmjax train --resume RUN_DIR
-    slmjax train [EXPERIMENT] --dry-run
 
     EXPERIMENT is the name of a built-in one (`slmjax experiments` lists them; none: nano), or a Python file.
     """
     from slmjax.parallel import hosts
     from slmjax.parallel.processes import share_signals
 
-    if not asks_for_help(argv):
-        hosts.join()  # before an experiment file, or anything else, can ask jax for a device
+    # Before an experiment file, or anything else, can ask jax for a device.
+    is_joined = not asks_for_help(argv) and hosts.join() is not None
     with StopSignals() as signals:
         # A job that is preempted before its first step is worth another try.
         signals.sigterm_status = INTERRUPTED_STATUS
         share_signals(signals)
-        return _train(argv)
+        return _train(argv, is_joined=is_joined)
 
 
-def _train(argv: Sequence[str]) -> int:
+def _train(argv: Sequence[str], *, is_joined: bool) -> int:
     """Train, with signals handled."""
     import jax
     from rich.console import Console
 
+    from slmjax.parallel.agreement import in_all_processes
     from slmjax.runner import trainer
     from slmjax.runner.session import resume_command
+
+    if is_joined:
+        # An option that one process refuses ends all of them: they would wait for it.
+        args, code = in_all_processes(lambda: _read_arguments(argv), activity="reading the options")
+    else:
+        args, code = _read_arguments(argv)
+    console = Console(stderr=args.json, highlight=False)
+    result = trainer.train(
+        args.experiment,
+        resume=args.resume,
+        code=code,
+        profile=args.profile,
+        console=console,
+        restart=args.restart,
+    )
+    # Every process trains; one reports.
+    if jax.process_index() == 0:
+        if args.json:
+            print_json(dataclasses.asdict(result))
+        else:
+            _print_result(result, resume_command(Path(result.run_dir), args.experiment))
+    return {"finished": 0, "interrupted": INTERRUPTED_STATUS}.get(result.status, 1)
+
+
+def _read_arguments(argv: Sequence[str]) -> tuple[Any, str | None]:
+    """Return the options of the command, and the experiment file if there is one."""
     from slmjax.training import recipes
 
     name, options = split_experiment(argv)
@@ -92,39 +118,7 @@ def _train(argv: Sequence[str]) -> int:
     )
     # The defaults came from peek_option: tyro must have parsed the same values.
     assert all(getattr(args, key) == value for key, value in start_options.items())
-    if args.dry_run:
-        return _dry_run(args)
-    code = name if name is not None and name.endswith(".py") else args.code
-    console = Console(stderr=args.json, highlight=False)
-    result = trainer.train(
-        args.experiment,
-        resume=args.resume,
-        code=code,
-        profile=args.profile,
-        console=console,
-        restart=args.restart,
-    )
-    # Every process trains; one reports.
-    if jax.process_index() == 0:
-        if args.json:
-            print_json(dataclasses.asdict(result))
-        else:
-            _print_result(result, resume_command(Path(result.run_dir), args.experiment))
-    return {"finished": 0, "interrupted": INTERRUPTED_STATUS}.get(result.status, 1)
-
-
-def _dry_run(args: Any) -> int:
-    """Print what the run would be."""
-    import jax
-
-    from slmjax.runner.dry_run import plan_run
-
-    if args.resume is not None:
-        raise ValueError(f"--dry-run describes a new run: leave out --resume {args.resume}")
-    plan = plan_run(args.experiment)
-    if jax.process_index() == 0:
-        print_json(dataclasses.asdict(plan)) if args.json else print(plan.text())
-    return 0
+    return args, name if name is not None and name.endswith(".py") else args.code
 
 
 def _further_options() -> list[Option]:
@@ -170,9 +164,6 @@ def _train_arguments(start: Any) -> type:
         profile: int | None = None
         # Python file that defines your own classes, if the run's config names any
         code: str | None = None
-        # train nothing: show parameters, memory, tokens, FLOPs, the time of two steps, and where the run
-        # would be
-        dry_run: bool = False
         # print the result as JSON, and progress to standard error
         json: bool = False
         experiment: Annotated[experiments.Experiment, without_prefix()] = start

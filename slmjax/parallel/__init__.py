@@ -8,4 +8,5 @@ Files in reading order:
 - batches.py: which sequences a process reads, and global arrays
 - hosts.py: how the processes of a run find each other
 - processes.py: order, messages and signals between processes
+- agreement.py: checks that all processes do the same
 """

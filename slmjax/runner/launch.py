@@ -15,18 +15,60 @@ from slmjax.data.left_out import describe_left_out
 from slmjax.data.lost_text import lost_note
 from slmjax.data.pipeline import BatchSource
 from slmjax.models.definition import Definition
+from slmjax.parallel.agreement import require_same
 from slmjax.parallel.processes import broadcast_text
 from slmjax.quantization.fake_quantization import phases_of
 from slmjax.quantization.quantizer_params import is_quantizer_param
 from slmjax.runner.session_record import begin_session
 from slmjax.runner.setup import Setup
 from slmjax.telemetry.progress import Progress
-from slmjax.telemetry.run_directory import RunDirectory, RunLog, environment
+from slmjax.telemetry.recorded_environment import environment, files_hash, packages, source_hash
+from slmjax.telemetry.run_directory import RunDirectory, RunLog
 from slmjax.telemetry.trackers import Trackers
 from slmjax.training.experiment import Experiment
-from slmjax.training.recipes import copy_code
+from slmjax.training.recipes import code_files, copy_code
 
 log = logging.getLogger(__name__)
+
+# They decide shapes, random numbers and rounding of every program.
+_JAX_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+)
+
+
+def require_same_start(
+    experiment: Experiment, *, resume: str | Path | None, restart: bool, code: str | Path | None
+) -> None:
+    """Check that all processes have the same settings and code, and resume the same run.
+
+    Nothing is left out of the comparison: process 0 writes the settings of all into the run directory.
+
+    Raises:
+      Disagreement: in every process, if one of them differs.
+    """
+    if jax.process_count() == 1:
+        return
+    values = {
+        **config_io.to_json(experiment),
+        "resume": None if resume is None else str(Path(resume).absolute()),
+        "restart": restart,
+        "code": {
+            "slmjax": source_hash(),
+            "packages": packages(),
+            "experiment": None if code is None else _code_hash(Path(code)),
+        },
+        "jax": {name: getattr(jax.config, name) for name in _JAX_SETTINGS},
+    }
+    require_same(values, remedy="Start all of them with the same command and the same versions of all code")
+
+
+def _code_hash(path: Path) -> str:
+    files = code_files(path)
+    # By content: hosts may have the files in other folders.
+    return files_hash(files, root=files[0].parent)
 
 
 def new_run(setup: Setup, code: str | Path | None) -> RunDirectory:

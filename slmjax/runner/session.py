@@ -23,6 +23,7 @@ from slmjax.data.pipeline import BatchSource, ReadAhead
 from slmjax.distill.teachers import split_devices
 from slmjax.models.zoo import describe
 from slmjax.parallel import hosts
+from slmjax.parallel.agreement import in_all_processes
 from slmjax.parallel.batches import local_sequences
 from slmjax.parallel.mesh import make_mesh
 from slmjax.planning import device_peaks
@@ -34,6 +35,7 @@ from slmjax.runner.launch import (
     open_trackers,
     print_banner,
     record_session,
+    require_same_start,
 )
 from slmjax.runner.out_of_memory import explaining_out_of_memory
 from slmjax.runner.resume import is_complete, run_to_resume, tokenizer_of, warn_of_other_data
@@ -114,10 +116,7 @@ def open_session(
     ledger = Ledger()
     if jax.default_backend() == "cpu":
         startup.keep_memory()
-    # A resumed run has absolute paths already, in its config.json.
-    if resume is None:
-        experiment = with_absolute_paths(experiment)
-    run = None if resume is None else run_to_resume(Path(resume), experiment)
+    experiment, run = _begin(experiment, resume, code, restart=restart)
     mesh = make_mesh(experiment.mesh, split_devices(experiment.objective.distill, jax.devices())[0])
     # Outside the mesh: what is measured on a CPU runs on one device.
     with ledger.timed(Category.INIT):
@@ -177,6 +176,20 @@ def open_session(
         )
         del state  # the session alone holds it, until the loop takes it
         yield session
+
+
+def _begin(
+    experiment: Experiment, resume: str | Path | None, code: str | Path | None, *, restart: bool
+) -> tuple[Experiment, RunDirectory | None]:
+    """Return the experiment with absolute paths, and the run to resume: the same in all processes."""
+    # A resumed run has absolute paths already, in its config.json.
+    if resume is None:
+        experiment = with_absolute_paths(experiment)
+    require_same_start(experiment, resume=resume, restart=restart, code=code)
+    if resume is None:
+        return experiment, None
+    path = Path(resume)
+    return experiment, in_all_processes(lambda: run_to_resume(path, experiment), activity="resuming")
 
 
 def _set_up(experiment: Experiment, run: RunDirectory | None, mesh: Mesh, progress: Progress) -> Setup:

@@ -10,14 +10,14 @@ those of the steps so far. `telemetry.run_directory.sessions` reads the records.
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from slmjax import config as config_io
 from slmjax.atomic_files import atomic_file
 from slmjax.stored_json import DamagedFile, read_object
-from slmjax.telemetry.run_directory import RunDirectory, RunLog, environment, plain, sessions
+from slmjax.telemetry.recorded_environment import environment
+from slmjax.telemetry.run_directory import RunDirectory, RunLog, plain, sessions
 from slmjax.training.experiment import Experiment, read_experiment
 from slmjax.training.recipes import MODULES
 
@@ -59,7 +59,7 @@ def begin_session(
     if is_resumed:
         number = _newest_number(run.path) + 1
         before = config_io.to_json(read_experiment(run.path))
-        changes = dict(differences(before, config_io.to_json(experiment)))
+        changes = dict(config_io.differences(before, config_io.to_json(experiment)))
         environment_changes = _environment_changes(run.path)
         _keep_files(run.path, number=number - 1, code=code)
     run_log.write(
@@ -116,7 +116,7 @@ def _environment_changes(path: Path) -> dict[str, tuple[Any, Any]]:
     except (FileNotFoundError, DamagedFile):
         log.warning("%s has no readable environment.json: changes of the environment are unknown", path)
         return {}
-    changes = differences(before, plain(environment()))
+    changes = config_io.differences(before, plain(environment()))
     return {name: pair for name, pair in changes if name.partition("[")[0] != _NO_CHANGE}
 
 
@@ -136,22 +136,3 @@ def _keep_files(path: Path, *, number: int, code: str | Path | None) -> None:
 def _copy(file: Path, number: int) -> None:
     with atomic_file(file.with_stem(f"{file.stem}-{number}")) as temporary:
         shutil.copyfile(file, temporary)
-
-
-def differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Yield the dotted path of each value in which two JSON values differ, and both values.
-
-    A value that only one side has is None on the other. Lists of other lengths, and objects of other classes
-    (the key "type"), differ as a whole.
-    """
-    if before == after and type(before) is type(after):
-        return
-    if isinstance(before, Mapping) and isinstance(after, Mapping) and before.get("type") == after.get("type"):
-        for name in dict.fromkeys((*before, *after)):
-            inner = f"{path}.{name}" if path else str(name)
-            yield from differences(before.get(name), after.get(name), inner)
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        for i, pair in enumerate(zip(before, after, strict=True)):
-            yield from differences(*pair, f"{path}[{i}]")
-    else:
-        yield path, (before, after)

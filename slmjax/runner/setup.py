@@ -27,6 +27,7 @@ from slmjax.data.windows import EvaluationBatches, evaluation_batches
 from slmjax.distill.teachers import TeacherPlan, Teachers
 from slmjax.evaluation.bits_per_byte import EvalResult, evaluate_batches
 from slmjax.losses import TeacherOutput
+from slmjax.parallel.agreement import in_all_processes, require_same
 from slmjax.parallel.batches import local_sequences
 from slmjax.parallel.processes import process_zero_first
 from slmjax.quantization.fake_quantization import weight_formats
@@ -156,7 +157,14 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh) ->
     # Before data is read, which may take long: a batch that does not fit.
     check_rows(experiment, mesh)
     # One process tokenizes, the others read its cache: the work is the same, and so must be the shards.
-    prepared = process_zero_first(lambda: prepare(experiment.data, tokenizer))
+    prepared = in_all_processes(
+        lambda: process_zero_first(lambda: prepare(experiment.data, tokenizer)), activity="preparing the data"
+    )
+    # The text may change between two readings, and hosts may read other files of the same name.
+    require_same(
+        {"data": provenance.describe(prepared, experiment.data)},
+        remedy="Let all processes read the same files, and the same tokenizer",
+    )
     experiment = _with_steps(experiment, prepared)
     warn_of_shortened_warmup(experiment.optim, total_steps=experiment.run.steps)
     warn_of_scratch_rates(experiment)

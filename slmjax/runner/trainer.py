@@ -36,8 +36,9 @@ from slmjax.runner.out_of_memory import explaining_out_of_memory
 from slmjax.runner.session import Session, open_session, resume_command
 from slmjax.runner.session_record import run_seconds
 from slmjax.stop_signals import INTERRUPTED_STATUS, Stopped, StopSignals
+from slmjax.telemetry.recorded_environment import commit
 from slmjax.telemetry.report import write_report
-from slmjax.telemetry.run_directory import Category, RunDirectory, commit
+from slmjax.telemetry.run_directory import Category, RunDirectory
 from slmjax.training.experiment import Experiment
 from slmjax.training.metrics import named_metrics
 from slmjax.training.state import TrainState

@@ -2,6 +2,7 @@
 
 Files in reading order:
 
+- recorded_environment.py: what a result depends on besides its settings
 - run_directory.py: files, log and times of a run
 - messages.py: messages of modules, to the terminal and the log
 - meter.py: tokens per second, utilisation, waiting

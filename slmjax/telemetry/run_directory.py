@@ -1,7 +1,6 @@
 """The run directory: the files of a run besides its weights, and the seconds it spent on each activity.
 
     run = RunDirectory.create_in(Path("runs"), name="nano", fingerprint="1a2b3c")
-    run.write_json("environment.json", environment())
     ledger = Ledger()
     with run.open_log() as log:
         with ledger.timed(Category.STEP):
@@ -27,13 +26,9 @@ import logging
 import math
 import numbers
 import os
-import platform
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,13 +41,6 @@ from slmjax.stored_json import DamagedFile, check_object, parse_json, read_objec
 log = logging.getLogger(__name__)
 
 # The directory ----------------------------------------------------------------------------------------------
-
-
-def directory_name(name: str, fingerprint: str, *, when: str) -> str:
-    """Return the name of the directory of a run that begins at this time."""
-    # Only characters that are safe in a path and in a shell.
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
-    return f"{slug}-{when}-{fingerprint[:6]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +63,9 @@ class RunDirectory:
           ConfigError: `root` is a file.
           OSError: the files cannot be written.
         """
-        base = directory_name(name, fingerprint, when=time.strftime("%Y%m%d-%H%M%S"))
+        # Only characters that are safe in a path and in a shell.
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
+        base = f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}-{fingerprint[:6]}"
         # Otherwise mkdir would raise an error that does not name the option.
         if root.is_file():
             raise ConfigError(f"{root} is a file: name a directory for runs with --run.directory")
@@ -395,91 +385,6 @@ def _pairs(changes: Mapping[str, Any], name: str) -> dict[str, tuple[Any, Any]]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise DamagedFile(f"{name}, a record of a session, has no two values of {path}: {_REMOVE_LINE}")
     return {path: (before, after) for path, (before, after) in changes.items()}
-
-
-# The environment --------------------------------------------------------------------------------------------
-
-_PACKAGES = ("slmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
-# Only variables that can change the computation are recorded, so that a secret of any name stays out.
-_VARIABLES = re.compile(
-    r"(JAX|XLA|SLMJAX|TPU|LIBTPU|CUDA|NVIDIA|NCCL|TF|OMP|MKL|OPENBLAS|MALLOC|GLIBC|PYTHON)(_|$)|PYTHON"
-)
-_SECRET = re.compile(r"key|token(?!iz)|secret|passw|credential|auth", re.IGNORECASE)
-_SECRET_OPTION = re.compile(r"--?[\w.-]*(key|token|secret|password|credentials?)", re.IGNORECASE)
-REDACTED = "<redacted>"
-
-
-def environment() -> dict[str, Any]:
-    """Return what a result depends on besides its config, without secrets.
-
-    These are versions, devices, the machine, the commit, the command line and environment variables.
-    """
-    # Not at the top: commands that only read run directories start faster.
-    import jax
-
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "backend": jax.default_backend(),
-        "devices": [str(device.device_kind) for device in jax.devices()],
-        "num_processes": jax.process_count(),
-        **commit(),
-        "command": redact_command(sys.argv),
-        "variables": redact_variables(os.environ),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # a checkout on the path, not installed
-        return None
-
-
-def commit() -> dict[str, Any]:
-    """Return the commit of slmjax's checkout and whether files differ from it; None outside of a checkout."""
-    here = Path(__file__).resolve()
-    # An installed copy may be inside the checkout of another project, for example in its virtual environment.
-    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
-        return {"commit": None, "dirty": None}
-    # Untracked files are ignored: runs and data are often in the checkout.
-    status = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": _git(here.parent, "rev-parse", "HEAD"), "dirty": status != ""}
-
-
-def _git(directory: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def redact_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that affect a run, sorted, with the values of secrets hidden."""
-    names = sorted(name for name in variables if _VARIABLES.match(name))
-    return {name: REDACTED if _SECRET.search(name) else variables[name] for name in names}
-
-
-def redact_command(arguments: list[str]) -> list[str]:
-    """Return a command line in which the values of secret options are hidden.
-
-    Those are options whose name ends in key, token, secret, password or credentials.
-    """
-    shown: list[str] = []
-    hide = False
-    for argument in arguments:
-        option, equals, _ = argument.partition("=")
-        is_secret = _SECRET_OPTION.fullmatch(option) is not None
-        shown.append(REDACTED if hide else f"{option}={REDACTED}" if is_secret and equals else argument)
-        # The value of an option is the next argument, unless it follows an equals sign.
-        hide = is_secret and not equals
-    return shown
 
 
 # Time -------------------------------------------------------------------------------------------------------

@@ -196,11 +196,17 @@ def copy_code(path: Path, run: Path) -> None:
     if folder == run.resolve():
         return
     shutil.copyfile(path, run / "experiment.py")
-    for _, file in _modules_in(folder):
-        if file != path.resolve():
-            copy = run / MODULES / file.relative_to(folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+    for file in code_files(path)[1:]:
+        copy = run / MODULES / file.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def code_files(path: Path) -> list[Path]:
+    """Return an experiment file, and the modules that it imported from its folder, without links."""
+    path = path.resolve()
+    modules = {file for _, file in _modules_in(path.parent)} - {path}
+    return [path, *sorted(modules)]
 
 
 @contextlib.contextmanager

@@ -36,7 +36,10 @@ class Hosts:
         self.directory = directory
         self.environment = environment
 
-    def start(self, arguments: str, *, num_processes: int, num_devices: int) -> Processes:
+    def start(
+        self, arguments: str, *, num_processes: int, num_devices: int, of_the_last: str = ""
+    ) -> Processes:
+        """Start processes with the same arguments; the last one may have further ones."""
         flags = f"{self.environment['XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices}"
         environment = self.environment | {"XLA_FLAGS": flags}
         if num_processes > 1:
@@ -48,7 +51,7 @@ class Hosts:
                 variables = environment | ({"RANK": str(rank)} if num_processes > 1 else {})
                 processes.append(
                     subprocess.Popen(
-                        command,
+                        command if rank < num_processes - 1 else [*command, *of_the_last.split()],
                         cwd=self.directory,
                         env=variables,
                         stdout=output,
@@ -145,6 +148,35 @@ def stopped_together(hosts: Hosts, workplace: Path, directory: str) -> tuple[Pat
     texts = [record["text"] for record in read_log(run / "log-1.jsonl", kind="message")]
     assert sum(text.startswith("process 1 of 2, coordinator 127.0.0.1:") for text in texts) == 1
     return run, stopped["step"]
+
+
+# Settings that differ -------------------------------------------------------------------------------------
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("of_the_last", "expected"),
+    [
+        (
+            "--optim.lr 3e-3",
+            "processes of this run differ: optim.lr is 0.01 (process 0), 0.003 (process 1). Start",
+        ),
+        (
+            "--checkpoint.every 7",
+            "checkpoint.every is 10 (process 0), 7 (process 1). Start all of them with",
+        ),
+        ("--optim.nothing 7", "failed in another process: process 1: slmjax train tiny.py has no option"),
+        ("--data.path other.txt", "data.path is"),
+    ],
+)
+def test_processes_with_other_settings_end_before_the_first_step(
+    hosts: Hosts, workplace: Path, of_the_last: str, expected: str
+) -> None:
+    started = time.monotonic()
+    status = hosts.finish(
+        hosts.start("tiny.py --run.directory apart", num_processes=2, num_devices=1, of_the_last=of_the_last)
+    )
+    assert status == [2, 2] and expected in hosts.output(0), hosts.output(0)
+    assert time.monotonic() - started < 90, "nothing waits for a process that is gone"
+    assert not (workplace / "apart").exists()
 
 
 # The tensor axis spans the processes: both read every row.

@@ -10,9 +10,10 @@ import pytest
 from slmjax import config
 from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.mixers.attention import AttentionConfig
-from slmjax.runner.session_record import begin_session, differences, run_seconds
+from slmjax.runner.session_record import begin_session, run_seconds
 from slmjax.stored_json import DamagedFile
-from slmjax.telemetry.run_directory import RunDirectory, environment, sessions, sessions_of
+from slmjax.telemetry.recorded_environment import environment
+from slmjax.telemetry.run_directory import RunDirectory, sessions, sessions_of
 from slmjax.training.experiment import Experiment, RunConfig
 from slmjax.training.optim import OptimConfig
 from slmjax.training.recipes import MODULES
@@ -118,15 +119,3 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
         (tmp_path / "log.jsonl").write_text(json.dumps({**record, **broken}) + "\n")
         with pytest.raises(DamagedFile, match="a record of a session.*remove the line"):
             sessions(tmp_path)
-
-
-def test_differences_are_named_by_path() -> None:
-    before = {"a": {"type": "X", "b": 1}, "c": [1, {"d": 2}], "e": [1], "f": 1}
-    after = {"a": {"type": "Y", "b": 2}, "c": [1, {"d": 3}], "e": [1, 2], "f": 1.0, "g": 0}
-    assert dict(differences(before, after)) == {
-        "a": ({"type": "X", "b": 1}, {"type": "Y", "b": 2}),
-        "c[1].d": (2, 3),
-        "e": ([1], [1, 2]),
-        "f": (1, 1.0),
-        "g": (None, 0),
-    }

@@ -15,11 +15,9 @@ import pytest
 from slmjax import faults
 from slmjax.config import ConfigError
 from slmjax.stored_json import DamagedFile
-from slmjax.telemetry import run_directory
 from slmjax.telemetry.messages import MessageHandler
 from slmjax.telemetry.report import list_runs
 from slmjax.telemetry.run_directory import (
-    REDACTED,
     Category,
     Ledger,
     RunDirectory,
@@ -242,89 +240,6 @@ def test_what_was_written_survives_a_kill(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
     assert done.returncode == -9
     assert [record["step"] for record in read_log(path)] == list(range(100))
-
-
-def test_environment_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [
-        "WANDB_API_KEY",
-        "HF_TOKEN",
-        "AWS_SECRET_ACCESS_KEY",
-        "DB_PASSWORD",
-        "DATABASE_URL",
-        "JAX_API_KEY",
-        "TPU_TOKEN",
-        "xla_password",
-    ]
-    for name in names:
-        monkeypatch.setenv(name, "canary")
-    monkeypatch.setenv("JAX_ENABLE_X64", "0")
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "slmjax",
-            "train",
-            "--track.api-key",
-            "canary",
-            "--hf-token=canary",
-            "--tokenizer.vocab-size",
-            "512",
-        ],
-    )
-    shown = run_directory.environment()
-    text = RunDirectory(tmp_path).write_json("environment.json", shown).read_text()
-    assert "canary" not in text
-    assert shown["variables"]["JAX_API_KEY"] == shown["variables"]["TPU_TOKEN"] == REDACTED
-    assert shown["variables"]["JAX_ENABLE_X64"] == "0"
-    assert shown["command"][2:] == [
-        "--track.api-key",
-        REDACTED,
-        f"--hf-token={REDACTED}",
-        "--tokenizer.vocab-size",
-        "512",
-    ]
-
-
-def test_environment_names_what_a_result_depends_on() -> None:
-    shown = run_directory.environment()
-    assert shown["packages"]["jax"] and shown["packages"]["optax"]
-    assert shown["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert (shown["backend"], len(shown["devices"]), shown["num_processes"]) == ("cpu", 8, 1)
-    assert "XLA_FLAGS" in shown["variables"]
-
-
-def git(directory: Path, *arguments: str) -> None:
-    identity = [
-        "-c",
-        "user.name=a",
-        "-c",
-        "user.email=a@b",
-        "-c",
-        "commit.gpgsign=false",
-        "-c",
-        "core.hooksPath=/dev/null",
-    ]
-    subprocess.run(["git", "-C", str(directory), *identity, *arguments], check=True, capture_output=True)
-
-
-def test_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = tmp_path / "slmjax" / "runlog.py"
-    module.parent.mkdir()
-    module.write_text("")
-    monkeypatch.setattr(run_directory, "__file__", str(module))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    nowhere = {"commit": None, "dirty": None}
-    assert run_directory.commit() == nowhere
-    git(tmp_path, "init", "--quiet")
-    assert run_directory.commit() == nowhere, "a package inside another project's folder is not that project"
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "--quiet", "-m", "first")
-    result = run_directory.commit()
-    assert len(result["commit"]) == 40 and result["dirty"] is False
-    module.write_text("changed")
-    assert run_directory.commit() == {"commit": result["commit"], "dirty": True}
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert run_directory.commit() == nowhere, "git is not installed"
 
 
 class FakeClock:
