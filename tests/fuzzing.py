@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from slmjax.checkpoints import safetensors_files
+from slmjax.checkpoints import manifest, safetensors_files
+from slmjax.checkpoints.manifest import _digest as manifest_digest
 from slmjax.checkpoints.model_file import read_config, read_quant_phases
 from slmjax.checkpoints.run_checkpoints import CheckpointConfig, Checkpointer
 from slmjax.checkpoints.stored_model import read_origin
@@ -296,6 +297,20 @@ def _corrected(content: bytes) -> bytes:
         return content
 
 
+def _signed(content: bytes) -> bytes:
+    """Return the manifest of a checkpoint with the digest of its damaged content."""
+    try:
+        value = json.loads(content)
+        value.pop("digest")
+        return json.dumps({**value, "digest": manifest_digest(value)}).encode()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return content
+
+
+def _read_manifest(directory: Path) -> None:
+    manifest.changed_files(directory / "60", manifest.read_manifest(directory / "60"))
+
+
 # Kinds ------------------------------------------------------------------------------------------------------
 def _of_run(file: str, use: str, read: Callable[[Path], Any], **more: Any) -> Kind:
     return Kind(name=f"{file} of a run, {use}", file=file, sample=sound_files.write_run, read=read, **more)
@@ -345,6 +360,13 @@ KINDS: tuple[Kind, ...] = (
         file="checkpoints/best.json",
         sample=sound_files.write_best,
         read=_read_best,
+    ),
+    Kind(
+        name="MANIFEST.json",
+        file="60/MANIFEST.json",
+        sample=sound_files.write_manifest,
+        read=_read_manifest,
+        finish=_signed,
     ),
     # Models.
     _of_imported("origin.json", read_origin),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from slmjax.checkpoints import safetensors_files
+from slmjax.checkpoints import manifest, safetensors_files
 from slmjax.checkpoints.model_file import write_model_file
 from slmjax.checkpoints.stored_model import open_local_model
 from slmjax.config import to_json
@@ -256,6 +256,13 @@ def write_best(directory: Path) -> None:
     """Write the mark of a best checkpoint."""
     (directory / "checkpoints" / "60").mkdir(parents=True)
     write_json(directory / "checkpoints" / "best.json", {"step": 60, "loss": 3.96})
+
+
+def write_manifest(directory: Path) -> None:
+    """Write a checkpoint of a file alone, with its manifest."""
+    (directory / "60" / "model").mkdir(parents=True)
+    (directory / "60" / "model" / "data").write_bytes(b"weights")
+    manifest.write_manifest(directory / "60", step=60, skipped_in_a_row=0)
 
 
 def write_template(directory: Path) -> None:

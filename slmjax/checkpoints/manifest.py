@@ -61,6 +61,8 @@ def read_manifest(path: Path) -> Manifest:
     digest = content.pop("digest")
     if digest != _digest(content):
         raise DamagedFile(f"{file} was changed: {_REMEDY}")
+    if unsound := [name for name, sha256 in content["files"].items() if not _is_sha256(sha256)]:
+        raise DamagedFile(f"{file} has no SHA-256 for {unsound[0]!r}: {_REMEDY}")
     return Manifest(
         step=content["step"], skipped_in_a_row=content["skipped_in_a_row"], files=content["files"]
     )

@@ -26,10 +26,11 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Bool, Int32, Integer
 
-from slmjax.config import added_field, from_json, to_json
+from slmjax.config import ConfigError, added_field, from_json, to_json
 from slmjax.data.documents import BadCounts
 from slmjax.data.lost_text import LostText
 from slmjax.data.scored import ScoredTokens, edges_of
+from slmjax.stored_json import check_object, read_object
 
 FORMAT_VERSION = 2
 RECORD_TOKENS = 16_384
@@ -417,19 +418,27 @@ def _read_manifest(directory: Path) -> ShardManifest:
         raise ValueError(
             f"{directory} is not a complete shard directory: manifest.json is missing. {_WAY_OUT}"
         )
-    try:
-        content = json.loads(path.read_bytes())
-        body = content["manifest"]
-        digest = content["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}). {_WAY_OUT}") from error
-    if _json_digest(body) != digest:
+    damaged = f"the directory is damaged. {_WAY_OUT}"
+    content = read_object(path, {"manifest": dict, "sha256": str}, remedy=damaged)
+    body = content["manifest"]
+    if _json_digest(body) != content["sha256"]:
         raise ValueError(f"{path} is damaged: its checksum does not match. {_WAY_OUT}")
+    check_object(body, {"version": int}, name=str(path), remedy=damaged)
     if body["version"] != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {body['version']}, this slmjax reads {FORMAT_VERSION}. {_WAY_OUT}"
         )
-    return from_json(ShardManifest, body)
+    try:
+        manifest = from_json(ShardManifest, body)
+    except ConfigError as error:
+        raise ValueError(f"{path} is damaged: {error}. {_WAY_OUT}") from error
+    # A manifest may come from anywhere: it must not name files outside its directory.
+    for file in (*manifest.token_files, *manifest.other_files):
+        if Path(file.name).name != file.name or len(file.name) > 255 or "\0" in file.name:
+            raise ValueError(f"{path} names a file {file.name[:80]!r}, which is none of its directory")
+    if manifest.record_tokens < 1 or manifest.vocab_size < 1:
+        raise ValueError(f"{path} is damaged: a record has no tokens, or there is no vocabulary. {_WAY_OUT}")
+    return manifest
 
 
 def _check_range(min_id: int, max_id: int, vocab_size: int, path: Path) -> None:

@@ -1,0 +1,88 @@
+"""Damaged files of every kind: each reading function returns, or says which file it is and what is wrong."""
+
+import collections
+import random
+from pathlib import Path
+
+import pytest
+
+from tests import fuzzing
+from tests.fuzzing import KINDS, Outcome
+from tests.mutations import json_mutation
+
+
+def _check(parent: Path, seeds: range, *, families: int | None) -> collections.Counter[Outcome]:
+    """Damage each kind of file by each of the seeds, and return how the attempts ended.
+
+    Args:
+      families: how many of those whose config.json is read; None for all.
+    """
+    outcomes: collections.Counter[Outcome] = collections.Counter()
+    defects = []
+    foreign = [kind for kind in KINDS if kind.name.startswith("config.json of Hugging Face")]
+    for kind in [*(kind for kind in KINDS if kind not in foreign), *foreign[:families]]:
+        directory = fuzzing.write_sample(kind, parent)
+        for seed in seeds:
+            attempt = fuzzing.try_once(kind, directory, seed=seed)
+            outcomes[attempt.outcome] += 1
+            if attempt.outcome is Outcome.DEFECT:
+                defects.append(f"{kind.name}, seed {seed}: {attempt.detail}")
+    assert not defects, "\n".join(defects)
+    return outcomes
+
+
+def test_damage_is_refused_by_name(tmp_path: Path) -> None:
+    # A family's sample takes longer to write than damage to it to read.
+    outcomes = _check(tmp_path, range(7), families=2)
+    assert outcomes.total() >= 300
+    # Neither is all damage refused, nor none: the samples are read, and the damage reaches what is read.
+    assert min(outcomes[Outcome.READ], outcomes[Outcome.REFUSED]) > outcomes.total() / 5
+
+
+@pytest.mark.nightly
+def test_thousands_of_damaged_files(tmp_path: Path) -> None:
+    assert _check(tmp_path, range(100, 150), families=None).total() >= 3_000
+
+
+def _raises(error: BaseException) -> None:
+    raise error
+
+
+def _loops() -> None:
+    while True:
+        pass
+
+
+ENDS = {
+    "another type": (lambda: _raises(KeyError("a")), Outcome.DEFECT, "KeyError"),
+    "a panic": (lambda: _raises(BaseException("a panic")), Outcome.DEFECT, "a panic"),
+    "without a name": (lambda: _raises(ValueError("no")), Outcome.DEFECT, "does not name a.json"),
+    "time": (_loops, Outcome.DEFECT, "of CPU time"),
+    "memory": (lambda: b"x" * (fuzzing.MEMORY + 2**26), Outcome.DEFECT, "MiB"),
+    "refused": (lambda: _raises(ValueError("a.json is damaged")), Outcome.REFUSED, "a.json is damaged"),
+    "read": (lambda: None, Outcome.READ, ""),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_each_end_is_recognised(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    action, outcome, detail = ENDS[name]
+    kind = fuzzing.Kind(
+        name="a kind",
+        file="a.json",
+        sample=lambda path: None if (path / "a.json").write_text("[1, 2, 3]") else None,
+        # The sample itself must be read.
+        read=lambda path: None if (path / "a.json").read_bytes() == b"[1, 2, 3]" else action(),
+    )
+    directory = fuzzing.write_sample(kind, tmp_path)
+    monkeypatch.setattr(fuzzing, "CPU_SECONDS", 0.2 if name == "time" else fuzzing.CPU_SECONDS)
+    attempt = fuzzing.try_once(kind, directory, seed=3)
+    assert attempt.outcome is outcome and detail in attempt.detail, attempt
+    assert (directory / "a.json").read_text() == "[1, 2, 3]"
+
+
+def test_damage_is_the_same_by_seed() -> None:
+    content = b'{"a": [1, {"b": "text"}], "c": 2.5}'
+    damaged = [json_mutation(content, random.Random(seed)) for seed in range(200)]
+    assert damaged == [json_mutation(content, random.Random(seed)) for seed in range(200)]
+    assert len(set(damaged)) > 150 and content not in damaged[:3]
