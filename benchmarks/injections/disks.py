@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.injections.lab import Lab, contents, is_complete, new_runs
+from benchmarks.injections.lab import Lab, contents, new_runs
 from benchmarks.injections.sessions import End, Plan, session
 from benchmarks.injections.stored import READING
 from benchmarks.injections.verdicts import (
@@ -152,11 +152,16 @@ def _judge_training(lab: Lab, run: Path | None, end: End, folder: Path) -> Outco
         _require_explained(run, end)
     else:
         require_refusal(end, activity="training")
-    if end.status == 0 and is_complete(run):
-        lab.require_resumable(run, lost_lines=True)
+    # Without a single checkpoint there is nothing to resume, and the run begins again only if asked to.
+    options = () if end.status == 0 or _has_checkpoint(run) else ("--restart",)
+    lab.require_resumable(run, *options, lost_lines=True)
+    if end.status == 0:
         return survived("finished, with the reference's bits")
-    lab.require_resumable(run, lost_lines=True)
     return survived(f"status {end.status}; with space again it resumed to the reference's bits")
+
+
+def _has_checkpoint(run: Path) -> bool:
+    return any((run / "checkpoints").glob("[0-9]*/MANIFEST.json"))
 
 
 def _require_last(run: Path) -> None:

@@ -200,9 +200,11 @@ class Lab:
             if trace.losses.get(step, values if lost_lines else None) != values:
                 raise Defect(f"step {step} has {trace.losses.get(step)}, the reference {values}")
 
-    def require_resumable(self, run: Path, *, activity: str = "resuming", **options: Any) -> None:
+    def require_resumable(
+        self, run: Path, *arguments: str, activity: str = "resuming", **options: Any
+    ) -> None:
         """Resume a run to its end, and raise Defect unless it has the reference's bits."""
-        end = self.resume(run)
+        end = self.resume(run, *arguments)
         require_clean(end, activity=activity)
         if end.status != 0 and is_complete(run) and "already" in end.output:
             # It had finished before: then its parameters are read as they are.

@@ -234,9 +234,13 @@ def _after_signal(
 
 def _require_saved(run: Path) -> None:
     """Raise Defect unless an interrupted run has saved the step that its log ends with."""
-    steps = [record["step"] for record in records(run) if record.get("kind") == "train"]
-    # Not the largest: a session that was killed may have come further.
-    last = steps[-1] if steps else 0
+    last = None
+    for record in records(run):
+        # Of this session alone: one that was killed may have come further.
+        if record.get("kind") == "session":
+            last = None
+        elif record.get("kind") == "train":
+            last = record["step"]
     if last and not (run / "checkpoints" / str(last) / "MANIFEST.json").exists():
         raise Defect(f"status {INTERRUPTED}, and step {last}, the last of the log, is not saved")
 
