@@ -9,6 +9,7 @@ Files in reading order:
 - step_directories.py: the directories of a run's checkpoints, and which of them retention deletes
 - best_checkpoint.py: which checkpoint has the lowest held-out loss
 - arrays.py: the arrays of one checkpoint, read and checked
+- failed_saves.py: why a save failed, in a few words
 - run_checkpoints.py: save, verify and restore the checkpoints of a run
 - loading.py: `load_model`, from a directory to a model
 - stored_model.py: a stored model, read for export

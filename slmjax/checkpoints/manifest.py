@@ -20,6 +20,7 @@ from slmjax.stored_json import DamagedFile, check_object, read_object
 from slmjax.telemetry.run_directory import write_json
 
 MANIFEST = "MANIFEST.json"
+_BLOCK = 4096  # bytes
 _REMEDY = "this checkpoint cannot be verified, use another one"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -89,6 +90,12 @@ def changed_files(path: Path, manifest: Manifest) -> list[str]:
     Files that it does not list are harmless.
     """
     return sorted(name for name, digest in manifest.files.items() if _read_digest(path / name) != digest)
+
+
+def size_of(path: Path) -> int:
+    """Return about how many bytes a checkpoint's files take on a disk with blocks of the usual size."""
+    sizes = ((path / name).stat().st_size for name in _files(path))
+    return sum(-(-size // _BLOCK) * _BLOCK for size in sizes)
 
 
 def _read_digest(file: Path) -> str | None:

@@ -35,7 +35,8 @@ from slmjax.checkpoints.arrays import (
     read_arrays,
     read_some,
 )
-from slmjax.checkpoints.manifest import write_manifest
+from slmjax.checkpoints.failed_saves import OrbaxTracebacks, reason_of
+from slmjax.checkpoints.manifest import size_of, write_manifest
 from slmjax.checkpoints.step_directories import (
     Stored,
     diverged_states,
@@ -100,6 +101,8 @@ class Checkpointer:
         # One thread, so that checkpoints are completed and old ones pruned in the order of the saves.
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[str]] | None = None
+        self._tracebacks = OrbaxTracebacks()
+        self._last_size: int | None = None  # bytes of the newest checkpoint
         # Compiled: one program copies all layers, instead of an operation for each.
         self._unstack = jax.jit(functools.partial(unstack, model))
         # Retention: the checkpoint from before this session, until two good ones of the session exist, and
@@ -124,6 +127,7 @@ class Checkpointer:
             resumes from, and the checkpoints that led to it are removed.
         """
         self.wait()
+        self._tracebacks.drop()
         if reason := _first_reason(self._obstacle(step, items)):
             self._give_up(step, reason)
             self.failures.append((step, reason))
@@ -145,7 +149,7 @@ class Checkpointer:
             self._orbax.save(save.temporary, args=arguments, force=True)
         except (OSError, ValueError, RuntimeError) as error:
             self._give_up(step, error)
-            self.failures.append((step, _text(error)))
+            self.failures.append((step, reason_of(error)))
             return
         # The manifest needs complete files: it is written by a thread that waits for the commit.
         self._pending = (step, self._finisher.submit(self._finish, save))
@@ -158,14 +162,22 @@ class Checkpointer:
                 return f"{name} is not finite"
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
-                free = shutil.disk_usage(self.directory).free
-                # Arrays are compressed: floating-point numbers of a trained model by about a tenth.
-                if free < size / 4:
-                    return f"{free / 1e6:,.1f} MB are free, and it has {size / 1e6:,.1f} MB"
+                # Threads of a save that failed may have written after it was given up.
+                self._remove_remains()
+                return self._lack_of_space(sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
         except OSError as error:
-            return _text(error)
+            return reason_of(error)
         return ""
+
+    def _lack_of_space(self, num_bytes: int) -> str:
+        """Return that the disk is too full for arrays of this size, or nothing."""
+        # Arrays are compressed, floating-point numbers of a trained model by about a tenth. A save that
+        # succeeds must not be refused, so the estimates are low.
+        needed = num_bytes / 4 if self._last_size is None else 0.8 * self._last_size
+        free = shutil.disk_usage(self.directory).free
+        if free >= needed:
+            return ""
+        return f"No space left on device: {free / 1e6:,.1f} MB are free, and it needs {needed / 1e6:,.1f} MB"
 
     def _finish(self, save: "_Save") -> str:
         """Complete a save once Orbax has written it, in the background. Return why it failed, or nothing."""
@@ -175,13 +187,14 @@ class Checkpointer:
             # One process writes to the shared directory.
             if jax.process_index() == 0:
                 write_manifest(save.temporary, step=save.step, skipped_in_a_row=save.skipped_in_a_row)
+                self._last_size = size_of(save.temporary)
                 # What has this name already is foreign, or was damaged: it is not overwritten.
                 if save.path.exists() and not (save.path.is_dir() and not any(save.path.iterdir())):
                     self._set_aside(save.path)
                 save.temporary.replace(save.path)
         except Exception as error:  # of any class: this is a thread, and the run continues without the save
             self._give_up(save.step, error)
-            return _text(error)
+            return reason_of(error)
         try:
             faults.at("checkpoint.verified", save.step)
             if jax.process_index() == 0:
@@ -190,7 +203,7 @@ class Checkpointer:
                 self._prune(save)
         except Exception as error:
             log.warning(
-                "checkpoint %d is saved, but older ones were not removed: %s", save.step, _text(error)
+                "checkpoint %d is saved, but older ones were not removed: %s", save.step, reason_of(error)
             )
         return ""
 
@@ -255,12 +268,15 @@ class Checkpointer:
 
     def _give_up(self, step: int, error: Exception | str) -> None:
         """Log a failed save and delete its remains. The run and older checkpoints are not affected."""
-        reason = error if isinstance(error, str) else _text(error)
+        reason = error if isinstance(error, str) else reason_of(error)
         log.error("checkpoint %d was NOT saved: %s. Older checkpoints are kept", step, reason)
         # A full disk is the usual cause, and the remains would fill it further.
+        self._remove_remains()
+
+    def _remove_remains(self) -> None:
+        """Delete what saves that failed or were killed have left; no save may be under way."""
         for path in remains(self.directory):
-            if path.name.startswith(f"{step}."):
-                shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
     def wait(self) -> None:
         """Wait until a running save has ended; every process calls it. A failed save is not raised."""
@@ -276,6 +292,9 @@ class Checkpointer:
         except (OSError, ValueError, RuntimeError) as error:
             # Orbax reports the failure of a save a second time.
             log.debug("closing the checkpointer: %s", error)
+        if self.failures and jax.process_index() == 0:
+            self._remove_remains()
+        self._tracebacks.restore()
 
     def _settle(self, *, agree: bool) -> None:
         if self._pending is None:
@@ -331,8 +350,7 @@ class Checkpointer:
         """
         self.wait()
         if jax.process_index() == 0:
-            for path in remains(self.directory):
-                _remove(path)
+            self._remove_remains()
         refused = []
         for candidate in self._candidates():
             items, problem = self._read_finite(candidate, like)
@@ -342,6 +360,7 @@ class Checkpointer:
             for entry in refused:
                 self._pass_over(entry)
             self._resumed_from = candidate
+            self._last_size = size_of(candidate.path)
             self._is_intact[candidate.step] = True
             self.last_saved = candidate.step
             return candidate.step, items
@@ -492,10 +511,6 @@ def _remove(path: Path) -> None:
 
 
 # Several processes ------------------------------------------------------------------------------------------
-def _text(error: Exception) -> str:
-    return str(error) or type(error).__name__
-
-
 def _agreed(answer: Callable[[], str]) -> str:
     """Return the first process's answer in every process: they must not restore different steps."""
     return broadcast_text(_shortened(answer()) if jax.process_index() == 0 else "")

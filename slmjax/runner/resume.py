@@ -148,8 +148,9 @@ def steps_saved(run: RunDirectory, *, every: int) -> int:
     """
     result = run.path / "result.json"
     if result.is_file():
-        # Written once the last state of a session was saved.
-        return read_object(result, {"step": int}, remedy=_RESULT_REMEDY)["step"]
+        content = read_object(result, {"status": str, "step": int}, remedy=_RESULT_REMEDY)
+        # Written once the last state of a session was saved, or could not be.
+        return 0 if content["status"] == "not_saved" else content["step"]
     if not run.log_path.exists():
         return 0
     # The record of a step is written before its checkpoint, which the first evaluation causes too.

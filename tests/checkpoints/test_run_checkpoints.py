@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import pytest
 from slmjax import config as config_io
 from slmjax import faults
 from slmjax.checkpoints import best_checkpoint
+from slmjax.checkpoints.failed_saves import OrbaxTracebacks, reason_of
 from slmjax.checkpoints.loading import load_model
 from slmjax.checkpoints.manifest import MANIFEST, read_manifest
 from slmjax.checkpoints.run_checkpoints import (
@@ -381,6 +383,48 @@ def test_a_write_error_of_the_storage_is_a_failed_save(tmp_path, opened, caplog)
     checkpointer.save(2, {"model": state_at(2)["model"]})
     checkpointer.wait()
     assert checkpointer.steps() == [2]
+
+
+def test_a_disk_that_is_too_full_is_found_before_anything_is_written(saved, opened, monkeypatch):
+    checkpointer = opened(saved)
+    (saved / "4.saving.orbax-checkpoint-tmp").mkdir()  # of a thread of Orbax, after its save was given up
+    usage = shutil.disk_usage(saved)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2000))
+    checkpointer.save(5, state_at(5))
+    checkpointer.close()
+    ((step, reason),) = checkpointer.failures
+    assert step == 5 and reason.startswith("No space left on device: 0.0 MB are free, and it needs")
+    assert {path.name for path in saved.iterdir()} == {"1", "2", "3"}
+
+
+def test_the_reason_of_a_failed_save_is_short():
+    layers = 'RESOURCE_EXHAUSTED: Error opening "zarr" driver: ' * 9
+    assert reason_of(ValueError(f"{layers}No space left on device [os_error_code='28']")) == (
+        "No space left on device"
+    )
+    assert reason_of(FileExistsError(17, "File exists", "runs/a/checkpoints")) == (
+        "File exists: runs/a/checkpoints"
+    )
+    assert reason_of(RuntimeError()) == "RuntimeError"
+
+
+def test_tracebacks_of_orbax_alone_are_dropped(caplog):
+    absl = logging.getLogger("absl")
+    quiet = OrbaxTracebacks()
+
+    def log_error(path):
+        record = absl.makeRecord(
+            "absl", logging.ERROR, path, 1, "failed", (), (ValueError, ValueError(), None)
+        )
+        absl.handle(record)
+        return [record.pathname for record in caplog.records]
+
+    hook = sys.unraisablehook
+    quiet.drop()
+    assert log_error("site-packages/orbax/checkpoint/futures.py") == []
+    assert log_error("site-packages/other.py") == ["site-packages/other.py"]
+    quiet.restore()
+    assert len(log_error("site-packages/orbax/checkpoint/futures.py")) == 2 and sys.unraisablehook == hook
 
 
 @pytest.mark.parametrize("settings", [{"every": 0}, {"keep": 0}])
