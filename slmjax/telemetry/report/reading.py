@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from slmjax.stored_json import DamagedFile, check_object, read_json
+from slmjax.stored_json import DamagedFile, check_list, check_object, read_json
 from slmjax.telemetry.report.settings import changed_settings
 from slmjax.telemetry.run_directory import Session, read_log, read_result, sessions_of
 
@@ -159,15 +159,12 @@ def number(value: Any) -> float | None:
 # Files of a run ---------------------------------------------------------------------------------------------
 # Any of them but config.json may be missing while a run starts.
 
-_DELETE_RESULT = "delete it: `slmjax train --resume RUN_DIR` writes it again"
+_DELETE_RESULT = "delete it and resume the run"
 _REMOVE_LINE = "remove the line to read the rest"
 _SET_ASIDE = "move it out of the run directory to read the rest of the run"
-_RECORD_FIELDS: dict[str, dict[str, type]] = {
-    "train": {"step": int, "time": float},
-    "eval": {"step": int},
-    "sample": {"step": int, "prompt": str, "text": str},
-    "message": {"text": str},
-}
+# Of the kinds of records that are shown: fields beyond those that every reader of the log needs.
+_FIELDS: dict[str, dict[str, type]] = {"train": {"time": float}, "eval": {}, "sample": {}}
+_OPTIONAL = {"documents": int, "complete": bool, "grad_norms": dict, "expert_loads": dict}
 MAX_STEP = 2**53  # larger integers are no numbers of JavaScript, which draws the charts
 MAX_DEPTH = 100  # of nested settings; those of slmjax have a tenth
 
@@ -176,16 +173,10 @@ def _log(path: Path) -> list[dict[str, Any]]:
     records = read_log(path)
     for line, record in enumerate(records, start=1):
         name = f"line {line} of {path}"
-        fields = _RECORD_FIELDS.get(record["kind"], {})
-        check_object(record, fields, name=name, remedy=_REMOVE_LINE)
-        if "step" in fields and not 0 <= record["step"] <= MAX_STEP:
-            raise DamagedFile(f"{name} has no number of a step as 'step': {_REMOVE_LINE}")
-        # Lines of other kinds may have anything.
-        for field in ("grad_norms", "expert_loads") if fields else ():
-            if record.get(field) is not None:
-                check_object(record[field], name=f"{field!r} in {name}", remedy=_REMOVE_LINE)
-        if record["kind"] == "eval" and not isinstance(record.get("documents"), int | None):
-            raise DamagedFile(f"{name} has no number of documents: {_REMOVE_LINE}")
+        if (fields := _FIELDS.get(record["kind"])) is not None:
+            check_object(record, fields, optional=_OPTIONAL, name=name, remedy=_REMOVE_LINE)
+            if not 0 <= record["step"] <= MAX_STEP:
+                raise DamagedFile(f"{name} has no number of a step as 'step': {_REMOVE_LINE}")
         if record["kind"] == "session":
             _shallow(record, name, _REMOVE_LINE)
     return records
@@ -217,24 +208,21 @@ def _data(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     entries = read_json(path, remedy=_SET_ASIDE)
-    if not isinstance(entries, list):
-        raise DamagedFile(f"{path} holds no list of sources: {_SET_ASIDE}")
-    for index, entry in enumerate(entries):
-        name = f"source {index} in {path}"
-        check_object(entry, {}, name=name, remedy=_SET_ASIDE)
-        if (heldout := entry.get("heldout")) is not None:
-            check_object(entry, {"fingerprint": str}, name=name, remedy=_SET_ASIDE)
-            sizes = {"documents": int, "bytes": int}
-            check_object(heldout, sizes, name=f"'heldout' of {name}", remedy=_SET_ASIDE)
+    check_list(entries, optional={"heldout": dict}, name=str(path), remedy=_SET_ASIDE)
+    held_out = [entry for entry in entries if entry.get("heldout") is not None]
+    check_list(held_out, {"fingerprint": str}, name=str(path), remedy=_SET_ASIDE)
+    sizes = {"documents": int, "bytes": int}
+    check_list(
+        [entry["heldout"] for entry in held_out], sizes, name=f"'heldout' of {path}", remedy=_SET_ASIDE
+    )
     return _shallow(entries, path, _SET_ASIDE)
 
 
 def _result(run: Path) -> dict[str, Any] | None:
     result = read_result(run)
-    for field in ("compressors", "session_seconds_by_category"):
-        if result is not None and result.get(field) is not None:
-            name = f"{field!r} in {run / 'result.json'}"
-            check_object(result[field], name=name, remedy=_DELETE_RESULT)
+    if result is not None:
+        mappings = {"compressors": dict, "session_seconds_by_category": dict}
+        check_object(result, optional=mappings, name=str(run / "result.json"), remedy=_DELETE_RESULT)
     return _shallow(result, run / "result.json", _DELETE_RESULT)
 
 
