@@ -13,6 +13,8 @@ import dataclasses
 import enum
 import glob
 import importlib.util
+import ipaddress
+import logging
 import os
 import socket
 import sys
@@ -23,6 +25,8 @@ from typing import Any
 
 import jax
 
+log = logging.getLogger(__name__)
+
 _VARIABLES = ("COORDINATOR", "RANK", "WORLD")
 # The variables that jax reads in a Slurm task.
 _SLURM_VARIABLES = (
@@ -32,6 +36,7 @@ _SLURM_VARIABLES = (
     "SLURM_PROCID",
     "SLURM_LOCALID",
 )
+_BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # read by jax: where process 0 listens, address:port
 _GOOGLE = "0x1ae0"  # vendor of a TPU on the PCI bus
 # Our own time limit must end first: its message says what to check, that of jax is a stack trace.
 _MARGIN_SECONDS = 30
@@ -86,6 +91,8 @@ def join(environ: Mapping[str, str] = os.environ) -> Join | None:
             "local_device_ids": how.local_device,
             "cluster_detection_method": "deactivate",
         }
+        if how.process_index == 0 and not environ.get(_BIND):
+            arguments["coordinator_bind_address"] = bind_address(arguments["coordinator_address"])
     # Its handler of SIGTERM would replace that of slmjax (`processes.SharedSignals`).
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -98,6 +105,53 @@ def join(environ: Mapping[str, str] = os.environ) -> Join | None:
         raise ValueError(_failure(how, (str(error).splitlines() or [""])[0])) from error
     joined = how
     return how
+
+
+def bind_address(coordinator: str) -> str | None:
+    """Return the address:port that process 0 listens at; None for all interfaces of its host.
+
+    Whoever reaches the port can disturb the run, so it is opened only where COORDINATOR says. A name that
+    means no address of this host (that of a service in front of it), or the loopback alone, does not say
+    where the others come from: then a warning names the variable that does.
+    """
+    host, _, port = coordinator.rpartition(":")
+    host = host.strip("[]")
+    addresses = [address for address in _addresses(host) if _is_own(address)]
+    is_loopback = all(ipaddress.ip_address(address).is_loopback for address in addresses)
+    # Many systems give their own name the address 127.0.1.1.
+    if not addresses or (is_loopback and host not in (*addresses, "localhost")):
+        log.warning(
+            "COORDINATOR=%s names no address of this host that others can reach: its port %s is open on all "
+            "interfaces. To open it on one, set %s=ADDRESS:%s for process 0",
+            coordinator,
+            port,
+            _BIND,
+            port,
+        )
+        return None
+    address = addresses[0]
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _addresses(host: str) -> list[str]:
+    """Return the addresses of a host name or address, in the order of preference; none if it has none."""
+    try:
+        results = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    # Without the interface of a link-local address, which is no part of the address itself.
+    return list(dict.fromkeys(str(result[4][0]).partition("%")[0] for result in results))
+
+
+def _is_own(address: str) -> bool:
+    """Return whether an address is one of this host: whether a socket can be bound to it."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False
+    return True
 
 
 def how_to_join(environ: Mapping[str, str], *, has_tpu: bool = False) -> Join | None:

@@ -101,6 +101,36 @@ def test_invalid_variables_are_refused(changes: dict[str, str], message: str) ->
         how_to_join(THREE | changes)
 
 
+@pytest.mark.parametrize(
+    ("coordinator", "names", "expected"),
+    [
+        ("127.0.0.1:4321", {}, "127.0.0.1:4321"),
+        ("[::1]:4321", {}, "[::1]:4321"),
+        ("localhost:4321", {"localhost": ["127.0.0.1"]}, "127.0.0.1:4321"),
+        # A name that the host itself takes for its loopback, one of another machine, an unknown one.
+        ("node0:4321", {"node0": ["127.0.1.1"]}, None),
+        ("service:4321", {"service": ["192.0.2.7"]}, None),
+        ("nowhere:4321", {"nowhere": []}, None),
+    ],
+)
+def test_the_coordinator_listens_where_it_is_told(
+    coordinator: str,
+    names: dict[str, list[str]],
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(hosts, "_addresses", lambda host: names.get(host, [host]))
+    monkeypatch.setattr(hosts, "_is_own", lambda address: address.startswith("127.") or address == "::1")
+    assert hosts.bind_address(coordinator) == expected
+    assert ("JAX_COORDINATOR_BIND_ADDRESS=ADDRESS:4321" in caplog.text) is (expected is None)
+
+
+def test_addresses_are_those_of_this_host() -> None:
+    assert hosts._addresses("127.0.0.1") == ["127.0.0.1"] and hosts._addresses("a.invalid") == []
+    assert hosts._is_own("127.0.0.1") and not hosts._is_own("192.0.2.7")  # reserved for documentation
+
+
 def test_slurm_without_the_addresses_of_the_others_is_refused() -> None:
     with pytest.raises(ValueError, match="one of 4 tasks of srun, but SLURM_STEP_NODELIST, which is needed"):
         how_to_join({name: value for name, value in TASK.items() if name != "SLURM_STEP_NODELIST"})

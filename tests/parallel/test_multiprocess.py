@@ -164,7 +164,6 @@ def stopped_together(hosts: Hosts, workplace: Path, directory: str) -> tuple[Pat
             "checkpoint.every is 10 (process 0), 7 (process 1). Start all of them with",
         ),
         ("--optim.nothing 7", "failed in another process: process 1: slmjax train tiny.py has no option"),
-        ("--data.path other.txt", "data.path is"),
     ],
 )
 def test_processes_with_other_settings_end_before_the_first_step(
