@@ -23,6 +23,7 @@ from slmjax.config import (
     from_json,
     loads,
     near_names,
+    read_file,
     renamed_field,
     renamed_values,
     to_json,
@@ -295,6 +296,32 @@ def test_text_that_is_refused() -> None:
             loads(Study, broken)
     with pytest.raises(ConfigError, match="expected Study, found list"):
         loads(Study, "[]")
+    # Digits that Python refuses to convert, and half of a character, which could not be printed.
+    with pytest.raises(ConfigError, match="not JSON: Exceeds the limit"):
+        loads(Study, text.replace('"steps": 100', f'"steps": {"9" * 5000}'))
+    with pytest.raises(ConfigError, match="half of a surrogate pair"):
+        loads(Study, text.replace('"steps": 100', r'"\ud800": 100'))
+
+
+@pytest.mark.parametrize("value", [{}, [], 3, None, True, {"type": "Path"}], ids=str)
+def test_a_type_must_be_a_name(value: Any) -> None:
+    data = to_json(Study())
+    data["source"]["type"] = value
+    with pytest.raises(ConfigError, match=r"^source\.type: (.* is not one of|missing)"):
+        from_json(Study, data)
+
+
+def test_an_error_shows_the_beginning_of_a_long_value() -> None:
+    data = {**to_json(Study()), "steps": "x" * 100_000}
+    with pytest.raises(ConfigError, match=r"^steps: .*x\.\.\.") as refused:
+        from_json(Study, data)
+    assert len(str(refused.value)) < 200
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"{\xff}")
+    with pytest.raises(ConfigError, match="a.json: not UTF-8 text"):
+        read_file(Study, tmp_path / "a.json")
 
 
 def test_values_that_are_not_written() -> None:

@@ -19,14 +19,14 @@ import numpy as np
 
 from slmjax.config import ConfigError, from_json, to_json
 from slmjax.convert.settings import Settings
-from slmjax.models.architecture import BlockConfig, ModelConfig
+from slmjax.models.architecture import MOST_LAYERS, BlockConfig, ModelConfig
 from slmjax.models.definition import define, stored_shapes
 from slmjax.models.mixers.attention import AttentionConfig
 
 Arrays = list[np.ndarray]
 Shapes = list[tuple[int, ...]]
 T = TypeVar("T")
-LARGEST_COUNT = 4096  # of layers or experts; more is a mistake, or an attempt to exhaust memory
+LARGEST_COUNT = MOST_LAYERS  # of layers or experts; more is a mistake, or an attempt to exhaust memory
 # The same count has another name in each library.
 LAYERS = ("num_hidden_layers", "n_layer", "block_count")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "expert_count")

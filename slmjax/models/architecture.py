@@ -24,7 +24,7 @@ from slmjax.models.protocols import FfnConfig, MixerConfig
 
 # More is a mistake, or a file that is made to take all memory and time.
 MOST_LAYERS = 4096
-MOST_BLOCKS = 1024  # different ones, each of which is built and compiled
+MOST_BLOCKS = 128  # in all patterns: each is built and compiled
 LARGEST_SIZE = 2**31 - 1  # of a dim, or any other integer
 
 # A config that is read from JSON finds its class among the imported ones: these are imported with the model.

@@ -1,7 +1,10 @@
 """model.json: the architecture and its phases of quantization, as files of earlier versions had them."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +53,35 @@ def test_damage_is_reported(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ValueError, match=r"model.json.*[Cc]opy it again"):
             read_quant_phases(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: model["stack"][0].update(repeats=10**9), "1,000,000,000 layers"),
+        (lambda model: model["stack"][0]["pattern"][0].update(num_loops=10**9), "2,000,000,000 layers"),
+        (lambda model: model["stack"].extend(model["stack"] * 128), "129 blocks"),
+        (lambda model: model.update(embed_dim=10**12), "embed_dim is 1,000,000,000,000"),
+        (
+            lambda model: model["stack"][0]["pattern"][0]["ffn"].update(hidden_dim=2**31),
+            "ffn.hidden_dim is 2,147,483,648",
+        ),
+        (lambda model: model.update(vocab_size=10**400), "vocab_size is an integer of 1,329 bits"),
+        (lambda model: model["stack"][0]["pattern"][0]["mixer"].update(type={}), "type: {} is not one of"),
+    ],
+    ids=["repeats", "loops", "blocks", "width", "hidden", "digits", "type"],
+)
+def test_sizes_are_bounded_before_anything_is_built(
+    change: Callable[[dict[str, Any]], None], reason: str, tmp_path: Path
+) -> None:
+    """A model.json from elsewhere must not take minutes, or all memory, before it is refused."""
+    model = to_json(CONFIG)
+    change(model)
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    started = time.process_time()
+    with pytest.raises(ValueError, match="model.json.*[Cc]opy it again") as refused:
+        read_config(tmp_path)
+    assert reason in str(refused.value) and time.process_time() - started < 5
 
 
 def test_configs_of_before_are_read_with_their_fingerprints() -> None:

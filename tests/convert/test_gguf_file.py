@@ -289,6 +289,27 @@ def test_a_count_that_no_file_can_hold(small: Path) -> None:
         read_gguf(small)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("split.count", "2"),
+        ("split.count", True),
+        ("general.alignment", 32.0),
+        ("general.license", 7),
+        ("tokenizer.ggml.tokens", [1, 2]),
+        ("tokenizer.ggml.token_type", 1),
+        ("tokenizer.ggml.bos_token_id", "0"),
+        ("tokenizer.ggml.add_bos_token", 1),
+        ("tokenizer.chat_template", ["a"]),
+    ],
+)
+def test_values_of_another_type_are_damage(key: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, architecture="t", metadata={key: value}, tensors=[])
+    with pytest.raises(ValueError, match=f"model.gguf is damaged.*{key} has values of another type"):
+        read_gguf(path)
+
+
 def test_files_of_other_kinds(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no .*give a GGUF file"):
         read_gguf(tmp_path / "none.gguf")
