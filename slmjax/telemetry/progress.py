@@ -6,9 +6,12 @@ with Progress(num_steps=2000) as progress:
     progress.print("checkpoint saved at step 10")
 """
 
+import contextlib
+import logging
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -16,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from slmjax.telemetry.meter import Throughput
+
+log = logging.getLogger(__name__)
 
 BAR_WIDTH = 16
 
@@ -110,10 +115,33 @@ class Progress:
         """Print a line, above the bar if there is one."""
         if self._is_silent:
             return
-        # Text may contain brackets, which rich would read as markup, and paths, which must not be wrapped.
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-        # A run in a pipe or a file should be visible line by line.
-        self._console.file.flush()
+        with self._unless_unread():
+            # Text may contain brackets, which rich reads as markup, and paths, which must not be wrapped.
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            # A run in a pipe or a file should be visible line by line.
+            self._console.file.flush()
+
+    @contextlib.contextmanager
+    def _unless_unread(self) -> Iterator[None]:
+        """Print what is printed within, or go on without: a run does not end with its display.
+
+        The reader of a pipe may have ended, the terminal may be gone, or the output's disk may be full.
+        """
+        try:
+            yield
+        except (BrokenPipeError, SystemExit) as error:
+            # rich makes a console quiet and exits where a pipe is closed; other exits are none of this.
+            if isinstance(error, SystemExit) and not self._console.quiet:
+                raise
+            self._is_silent = True
+            self._bar = None
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._console.file.fileno())
+            # The log of the run keeps it.
+            log.warning("nobody reads the output any more: the run goes on, and its log has the rest")
+        # A full disk may have space again at the next line.
+        except OSError as error:
+            log.debug("a line of the display is lost: %s", error)
 
     def _time_left(self, step: int) -> str | None:
         """Return the time left for people; None where the pace is not known yet."""
@@ -127,14 +155,16 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
-            self._bar.start()
+            with self._unless_unread():
+                self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with self._unless_unread():
+                self._bar.stop()
 
 
 def format_seconds(seconds: float) -> str:

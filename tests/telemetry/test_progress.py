@@ -133,3 +133,29 @@ def test_other_processes_are_silent(is_terminal: bool) -> None:
 )
 def test_format_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+class ClosedPipe(io.StringIO):
+    """A stream whose reader ends after the first line."""
+
+    def __init__(self, error: type[OSError]) -> None:
+        super().__init__()
+        self.error = error
+
+    def flush(self) -> None:
+        if self.getvalue().count("\n") > 1:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError])
+def test_a_run_goes_on_where_its_output_cannot_be_written(
+    error: type[OSError], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.dup2", lambda *_: None)  # rich replaces standard output
+    stream = ClosedPipe(error)
+    with Progress(num_steps=3, console=Console(file=stream)) as progress:
+        for step in (1, 2, 3):
+            progress.update(step, **METRICS)
+    warned = [record.message for record in caplog.records if "nobody reads the output" in record.message]
+    assert len(warned) == (1 if error is BrokenPipeError else 0)
+    assert stream.getvalue().startswith("step 1/3")
