@@ -31,8 +31,8 @@ FIRST_OPTIONS = (
     "model.stack.0.repeats",
     "init-from",
     "resume",
-    "quant",
     "run.name",
+    "dry-run",
 )
 
 
@@ -42,6 +42,7 @@ def train_command(argv: Sequence[str]) -> int:
     slmjax train [EXPERIMENT] [--optim.lr 3e-4 ...]
     slmjax train [EXPERIMENT] [--init-from DIR] [--teacher DIR]
     slmjax train --resume RUN_DIR
+    slmjax train [EXPERIMENT] --dry-run
 
     EXPERIMENT is the name of a built-in one (`slmjax experiments` lists them; none: nano), or a Python file.
     """
@@ -71,6 +72,8 @@ def _train(argv: Sequence[str], *, is_joined: bool) -> int:
         args, code = in_all_processes(lambda: _read_arguments(argv), activity="reading the options")
     else:
         args, code = _read_arguments(argv)
+    if args.dry_run:
+        return _dry_run(args)
     console = Console(stderr=args.json, highlight=False)
     result = trainer.train(
         args.experiment,
@@ -121,6 +124,20 @@ def _read_arguments(argv: Sequence[str]) -> tuple[Any, str | None]:
     return args, name if name is not None and name.endswith(".py") else args.code
 
 
+def _dry_run(args: Any) -> int:
+    """Print what the run would be."""
+    import jax
+
+    from slmjax.runner.dry_run import dry_run
+
+    if args.resume is not None:
+        raise ValueError(f"--dry-run describes a new run: leave out --resume {args.resume}")
+    plan = dry_run(args.experiment)
+    if jax.process_index() == 0:
+        print_json(dataclasses.asdict(plan)) if args.json else print(plan.text())
+    return 0
+
+
 def _further_options() -> list[Option]:
     """Return the options of settings that an experiment has only with a teacher or a number format."""
     from slmjax.distill.config import DistillConfig, TeacherConfig
@@ -164,6 +181,9 @@ def _train_arguments(start: Any) -> type:
         profile: int | None = None
         # Python file that defines your own classes, if the run's config names any
         code: str | None = None
+        # train nothing: show parameters, memory, tokens, FLOPs, the time of two steps, and where the run
+        # would be
+        dry_run: bool = False
         # print the result as JSON, and progress to standard error
         json: bool = False
         experiment: Annotated[experiments.Experiment, without_prefix()] = start

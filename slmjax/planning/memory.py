@@ -118,9 +118,18 @@ def _teacher_output_shapes(
     return (shapes,) if shapes else ()
 
 
+def compiled_memory(compiled: Any, shapes: Any, plans: Sequence[TeacherPlan]) -> StepMemory:
+    """Return the memory of a compiled train step, of a state of these shapes and with these teachers."""
+    return _by_purpose(_num_bytes(compiled), shapes, plans, resident=())
+
+
 def _compiled_bytes(step: Any, arguments: tuple[Any, ...], mesh: Mesh) -> int:
     with jax.set_mesh(mesh):
-        memory = step.lower(*arguments).compile().memory_analysis()
+        return _num_bytes(step.lower(*arguments).compile())
+
+
+def _num_bytes(compiled: Any) -> int:
+    memory = compiled.memory_analysis()
     # Outputs that reuse a donated argument's buffer count once.
     return (
         memory.argument_size_in_bytes

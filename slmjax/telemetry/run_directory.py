@@ -43,6 +43,13 @@ log = logging.getLogger(__name__)
 # The directory ----------------------------------------------------------------------------------------------
 
 
+def directory_name(name: str, fingerprint: str, *, when: str) -> str:
+    """Return the name of the directory of a run that begins at this time."""
+    # Only characters that are safe in a path and in a shell.
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
+    return f"{slug}-{when}-{fingerprint[:6]}"
+
+
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
     """An existing run directory. Process 0 creates it, and other processes receive its path."""
@@ -63,9 +70,7 @@ class RunDirectory:
           ConfigError: `root` is a file.
           OSError: the files cannot be written.
         """
-        # Only characters that are safe in a path and in a shell.
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
-        base = f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}-{fingerprint[:6]}"
+        base = directory_name(name, fingerprint, when=time.strftime("%Y%m%d-%H%M%S"))
         # Otherwise mkdir would raise an error that does not name the option.
         if root.is_file():
             raise ConfigError(f"{root} is a file: name a directory for runs with --run.directory")
