@@ -128,11 +128,11 @@ def _dry_run(args: Any) -> int:
     """Print what the run would be."""
     import jax
 
-    from slmjax.runner.dry_run import dry_run
+    from slmjax.runner.dry_run import plan_run
 
     if args.resume is not None:
         raise ValueError(f"--dry-run describes a new run: leave out --resume {args.resume}")
-    plan = dry_run(args.experiment)
+    plan = plan_run(args.experiment)
     if jax.process_index() == 0:
         print_json(dataclasses.asdict(plan)) if args.json else print(plan.text())
     return 0

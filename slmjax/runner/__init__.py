@@ -12,6 +12,6 @@ Files in reading order:
 - quant_phases.py: phases of quantization within a run
 - out_of_memory.py: errors with options that need less memory
 - session.py: `open_session`, all that a session works with
-- dry_run.py: `dry_run`, what a run would be
+- dry_run.py: `plan_run`, what a run would be
 - trainer.py: `train`, the loop
 """

@@ -1,6 +1,6 @@
-"""`dry_run`: what a run would be, from its settings, its data and a few steps that leave nothing behind.
+"""`plan_run`: what a run would be, from its settings, its data and a few steps that leave nothing behind.
 
-    plan = dry_run(experiment)      # Plan: parameters, memory, length, FLOPs, time, place
+    plan = plan_run(experiment)      # Plan: parameters, memory, length, FLOPs, time, place
     print(plan.text())
 
 The data is prepared into its cache, as training would. The step is compiled and run on real batches, from the
@@ -90,7 +90,7 @@ class Plan:
         return "\n".join(f"{name:<13}{text}" for name, text in zip(lines, indented, strict=True))
 
 
-def dry_run(experiment: Experiment) -> Plan:
+def plan_run(experiment: Experiment) -> Plan:
     """Return what a run of an experiment would be.
 
     Raises:
