@@ -17,6 +17,7 @@ Files in reading order:
 - splitting.py: which text is held out
 - lost_text.py: the part of a text that a tokenizer loses
 - shards.py: ids on disk
+- parts.py, locks.py: the output of a tokenizer, kept until all is complete; one process at a time
 - encoding.py, preparation.py, provenance.py: shards are written once, found by hash, and recorded
 - packing.py, left_out.py: documents to rows, and documents in no row
 - pipeline.py: `batch(step)`

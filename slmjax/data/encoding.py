@@ -2,14 +2,24 @@
 
 The text of a document is encoded as one string: a prompt and its completion together. A document of more than
 max_document_bytes is encoded in overlapping windows, to the ids of the complete text (`spans.py`).
+
+Texts are encoded in batches of `_BATCH_BYTES`, in one thread (the tokenizer uses all cores), while another
+reads documents and writes shards. The tokens of each batch are kept as a part (`parts.py`).
+
+Memory: at most `FIXED_MEMORY`, and `MEMORY_PER_BYTE` times the UTF-8 bytes of the longest document, besides
+the tokenizer and the index of the shards (24 bytes for each document). Of a vocabulary that is not
+byte-level, the text of a document is also decoded to compare it, which takes more (`lost_text.py`).
 """
 
 import collections
+import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,15 +28,19 @@ from slmjax.data.conversations import render_conversation
 from slmjax.data.documents import BadCounts, Document, Gatekeeper, Problem
 from slmjax.data.lost_text import LostTextMeter
 from slmjax.data.marks import SpecialNames
+from slmjax.data.parts import EncodedBatch, Parts
 from slmjax.data.shards import ShardWriter
-from slmjax.data.spans import Span, TextTokens, join_windows, windows_of
+from slmjax.data.spans import Span, TextTokens, WindowJoin, windows_of
 from slmjax.data.splitting import HELDOUT, TRAIN, SplitRule, split_document
 from slmjax.data.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 
+FIXED_MEMORY = 256 << 20  # bytes
+MEMORY_PER_BYTE = 4
 _BATCH_BYTES = 4 << 20  # text that the tokenizer's threads encode at a time
 _MAX_BYTES = 2**31 - 1  # lengths are int32
+_CHUNK = 1 << 20  # tokens that are looked up at a time
 
 
 def write_source(
@@ -37,6 +51,7 @@ def write_source(
     tokenizer: Tokenizer,
     data: DataConfig,
     rule: SplitRule,
+    parts: Parts,
     advance: Callable[[int], None],
 ) -> BadCounts:
     """Write directory/train and, if something is held out, directory/heldout; return the counts.
@@ -48,6 +63,7 @@ def write_source(
       tokenizer: encodes the documents.
       data: windows and the policy for bad documents.
       rule: which text is held out.
+      parts: of this preparation, and of one before that was interrupted.
       advance: called with the number of bytes done.
 
     Raises:
@@ -56,32 +72,25 @@ def write_source(
     gate = Gatekeeper(data.on_bad_document, max_bad_fraction=data.max_bad_fraction)
     sides = [TRAIN, HELDOUT] if data.heldout_fraction > 0 else [TRAIN]
     about = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
-    writers = {
-        side: ShardWriter(
-            directory / side,
-            **about,
-            source_name=source.describe(),
-            source_hash=source_hash,
-            split_rule=rule.value,
-        )
-        for side in sides
-    }
+    about |= {"source_name": source.describe(), "source_hash": source_hash, "split_rule": rule.value}
+    writers = {side: ShardWriter(directory / side, **about) for side in sides}
     written = dict.fromkeys(sides, 0)
     # All held-out text is measured, since its bits per byte are reported; of training text a sample.
     meters = {side: LostTextMeter(tokenizer, sample=side == TRAIN) for side in sides}
+    pending = _admitted(source, gate=gate, tokenizer=tokenizer, data=data, rule=rule)
     try:
-        for side, document in _encoded(source, gate=gate, tokenizer=tokenizer, data=data, rule=rule):
-            num_bytes = len(document.text)
-            writers[side].add(
-                document.tokens,
-                num_bytes=num_bytes,
-                scored=document.scored,
-                scored_bytes=document.scored_bytes,
-                text=document.text if side == HELDOUT else None,
-            )
-            meters[side].add(document.text, document.tokens.tolist(), marked=document.marked)
-            written[side] += 1
-            advance(num_bytes)
+        with _Encoder(tokenizer, parts, advance=advance) as encoder:
+            for side, document in encoder.encoded(pending):
+                writers[side].add(
+                    document.tokens,
+                    bounds=document.bounds,
+                    num_bytes=len(document.text),
+                    scored=document.scored,
+                    scored_bytes=document.scored_bytes,
+                    text=document.text if side == HELDOUT else None,
+                )
+                meters[side].add(document.text, document.tokens, marked=document.marked)
+                written[side] += 1
         # Checked before the manifests are written: without them nothing can be read.
         gate.check(source.describe())
         _require_both_sides(source.describe(), written, data)
@@ -107,28 +116,38 @@ def _require_both_sides(source_name: str, written: dict[str, int], data: DataCon
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+# Encoding ---------------------------------------------------------------------------------------------------
+class _PlainTokens(NamedTuple):
+    """The tokens of a text that was encoded at once, and is scored as a whole."""
+
+    tokens: np.ndarray  # with BOS and EOS
+    bounds: Sequence[int]  # smallest and largest id
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class _EncodedDocument:
     tokens: np.ndarray  # with BOS and EOS
+    bounds: Sequence[int] | None = None  # smallest and largest id, if they are known
     scored: np.ndarray | None  # as in ShardWriter.add
     scored_bytes: int
     text: bytes  # without special tokens
     marked: tuple[str, list[int]] | None  # the text with marks of special tokens, if any, and its ids
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class _Pending:
     """A document whose windows are being encoded."""
 
     side: str
-    document: Document
+    where: str
+    is_conversation: bool
     text: bytes
     scored: list[Span] | None  # bytes of the text that are scored; None: all of them
     windows: list[Span]  # several for a long text
     marked: bool = False  # marks in the text stand for special tokens
     ends_open: bool = True  # EOS is appended, and scored
-    encoded: list[TextTokens] = dataclasses.field(default_factory=list)  # of windows
-    ids: list[int] | None = None  # of the text, if spans are not needed (they are slower)
+    plain: _PlainTokens | None = None  # if spans are not needed (they are slower)
+    join: WindowJoin | None = None  # of the windows, once the first is encoded
 
     @property
     def needs_spans(self) -> bool:
@@ -136,18 +155,59 @@ class _Pending:
 
     @property
     def is_encoded(self) -> bool:
-        return self.ids is not None or len(self.encoded) == len(self.windows)
+        return self.plain is not None or (self.join is not None and self.join.is_complete)
+
+    def add(self, encoded: _PlainTokens | TextTokens, tokenizer: Tokenizer) -> None:
+        """Add the tokens of the next window."""
+        if isinstance(encoded, _PlainTokens):
+            self.plain = encoded
+            return
+        if self.join is None:
+            keeps_spans = self.scored is not None or self.marked
+            self.join = WindowJoin(self.windows, encode=self._encoder(tokenizer), keeps_spans=keeps_spans)
+        self.join.add(encoded)
 
     def finish(self, tokenizer: Tokenizer) -> _EncodedDocument:
-        tokens = None if self.ids is not None else self._all_tokens(tokenizer)
-        ids = np.asarray(self.ids, np.int32) if tokens is None else tokens.ids
+        if self.plain is not None:
+            return _EncodedDocument(
+                tokens=self.plain.tokens,
+                bounds=self.plain.bounds,
+                scored=None,
+                scored_bytes=len(self.text),
+                text=self.text,
+                marked=None,
+            )
+        assert self.join is not None, self.where
+        if self.join.num_cuts:
+            log.warning(
+                "%s: a run of text without a boundary for the tokenizer is cut in %d places: tokens there "
+                "may differ from those of the complete text",
+                self.where,
+                self.join.num_cuts,
+            )
+        if self.scored is not None or self.marked:
+            return self._finish_parts(tokenizer)
+        ids = self.join.ids()
+        _check_bytes(ids, self.text, tokenizer, where=self.where)
+        tokens = np.empty(len(ids) + 2, np.int32)
+        tokens[0] = tokenizer.bos_id
+        tokens[1:-1] = ids
+        tokens[-1] = tokenizer.eos_id
+        return _EncodedDocument(
+            tokens=tokens, scored=None, scored_bytes=len(self.text), text=self.text, marked=None
+        )
+
+    def _finish_parts(self, tokenizer: Tokenizer) -> _EncodedDocument:
+        """Return a document of which parts are scored, or with special tokens."""
+        assert self.join is not None, self.where
+        tokens = self.join.tokens()
+        ids = tokens.ids
         text = self._plain_text(ids, tokenizer)
-        if (sizes := tokenizer.token_bytes) is not None:
-            # The bytes of byte-level ids must add up to the text, or bits per byte would be wrong.
-            assert int(sizes[ids].sum(dtype=np.int64)) == len(text), self.document.where
+        _check_bytes(ids, text, tokenizer, where=self.where)
+        sizes = tokenizer.token_bytes
         scored = None
         scored_bytes = len(text)
-        if self.scored is not None and tokens is not None:
+        if self.scored is not None:
             trimmed = tokenizer.marked_vocabulary.without_blanks(tokens, self.text) if self.marked else tokens
             is_scored = trimmed.overlap_mask(self.scored)
             # Special tokens are scored but stand for no text.
@@ -160,9 +220,7 @@ class _Pending:
                 scored_bytes += len(self.text) - int(tokens.ends.max(initial=0))
             scored = is_scored
         # The template of a conversation decides whether it begins with BOS.
-        begins = not self.document.is_conversation and not (
-            self.marked and ids[:1].tolist() == [tokenizer.bos_id]
-        )
+        begins = not self.is_conversation and not (self.marked and ids[:1].tolist() == [tokenizer.bos_id])
         ends = self.ends_open and not (self.marked and ids[-1:].tolist() == [tokenizer.eos_id])
         around = (int(begins), int(ends))
         marked = (self.text.decode(), ids.tolist()) if self.marked else None
@@ -182,57 +240,186 @@ class _Pending:
             return tokenizer.decode_bytes(ids.tolist())
         return tokenizer.marked_vocabulary.text_of(self.text.decode()).encode()
 
-    def _all_tokens(self, tokenizer: Tokenizer) -> TextTokens:
-        """Return the tokens of the complete text, from those of its windows."""
-        joined = join_windows(self.encoded, self.windows)
-        # Windows disagree, for example, on a run of one character that is longer than their overlap. Then the
-        # complete text must be encoded at once.
-        return (
-            joined
-            if joined is not None
-            else tokenizer.encode_spans([self.text.decode()], marked=self.marked)[0]
-        )
+    def _encoder(self, tokenizer: Tokenizer) -> Callable[[int, int], TextTokens]:
+        """Return a function that encodes a range of the bytes of the text."""
+        text = self.text
+        marked = self.marked
+        return lambda start, end: tokenizer.encode_spans([text[start:end].decode()], marked=marked)[0]
 
 
-def _encoded(
-    source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig, rule: SplitRule
-) -> Iterator[tuple[str, _EncodedDocument]]:
-    """Yield admitted documents in order, encoded in batches."""
-    waiting: collections.deque[_Pending] = collections.deque()
-    queue: list[tuple[_Pending, str]] = []
-    queued = 0
-    for pending in _admitted(source, gate=gate, tokenizer=tokenizer, data=data, rule=rule):
-        waiting.append(pending)
-        for start, end in pending.windows:
-            queue.append((pending, pending.text[start:end].decode()))
-            queued += end - start
-            if queued >= _BATCH_BYTES:
-                _encode(queue, tokenizer)
-                queued = 0
-        # Documents keep their order, whichever of them is encoded first.
-        while waiting and waiting[0].is_encoded:
-            yield waiting[0].side, waiting.popleft().finish(tokenizer)
-    _encode(queue, tokenizer)
-    for pending in waiting:
-        yield pending.side, pending.finish(tokenizer)
+_Window = tuple[_Pending, Span]  # a document, and the bytes of its text
 
 
+def _check_bytes(ids: np.ndarray, text: bytes, tokenizer: Tokenizer, *, where: str) -> None:
+    """Assert that the bytes of byte-level ids add up to the text, or bits per byte would be wrong."""
+    if (sizes := tokenizer.token_bytes) is None:
+        return
+    # In chunks, since a long document has tens of millions of ids.
+    chunks = (ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK))
+    assert sum(int(sizes[chunk].sum(dtype=np.int64)) for chunk in chunks) == len(text), where
+
+
+class _Encoder:
+    """Encodes documents in batches, one of them in the background."""
+
+    def __init__(self, tokenizer: Tokenizer, parts: Parts, *, advance: Callable[[int], None]) -> None:
+        self._tokenizer = tokenizer
+        self._parts = parts
+        self._advance = advance
+        self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        self._queue: list[_Window] = []
+        self._queued_bytes = 0
+        self._num_batches = 0
+        # The batch that is being encoded.
+        self._batch: list[_Window] = []
+        self._encoded: concurrent.futures.Future[list[_PlainTokens | TextTokens]] | None = None
+
+    def __enter__(self) -> "_Encoder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def encoded(self, documents: Iterator[_Pending]) -> Iterator[tuple[str, _EncodedDocument]]:
+        """Yield the documents in their order, encoded."""
+        waiting: collections.deque[_Pending] = collections.deque()
+        for pending in documents:
+            waiting.append(pending)
+            for window in pending.windows:
+                self._queue.append((pending, window))
+                self._queued_bytes += window[1] - window[0]
+                if self._queued_bytes >= _BATCH_BYTES:
+                    self._start_batch()
+            del pending
+            # Documents keep their order, whichever of them is encoded first.
+            while waiting and waiting[0].is_encoded:
+                yield waiting[0].side, waiting.popleft().finish(self._tokenizer)
+        if self._queue:
+            self._start_batch()
+        self._collect()
+        while waiting:
+            yield waiting[0].side, waiting.popleft().finish(self._tokenizer)
+
+    def _start_batch(self) -> None:
+        """Encode the queue in the background, after the batch before it."""
+        self._collect()
+        self._batch = self._queue
+        self._queue = []
+        self._queued_bytes = 0
+        self._encoded = self._thread.submit(self._encode, self._num_batches, self._batch)
+        self._num_batches += 1
+
+    def _collect(self) -> None:
+        """Wait for the batch, and pass its tokens to its documents."""
+        if self._encoded is None:
+            return
+        for (pending, (start, end)), encoded in zip(self._batch, self._encoded.result(), strict=True):
+            pending.add(encoded, self._tokenizer)
+            self._advance(end - start)
+        self._batch = []
+        self._encoded = None
+
+    def _encode(self, number: int, batch: Sequence[_Window]) -> list[_PlainTokens | TextTokens]:
+        """Return the tokens of each window of a batch, from its part if there is one."""
+        digest = self._digest(batch)
+        encoded = self._parts.read(number, digest)
+        if encoded is None:
+            encoded = _encoded_batch(batch, self._tokenizer)
+            self._parts.write(number, digest, encoded)
+        plain = iter(_plain_tokens(batch, encoded, self._tokenizer))
+        spanned = iter(encoded.spanned)
+        return [next(spanned if pending.needs_spans else plain) for pending, _ in batch]
+
+    def _digest(self, batch: Sequence[_Window]) -> str:
+        """Return a hash of the windows of a batch, and of the kind of their tokens."""
+        digest = hashlib.blake2b(digest_size=16)
+        for pending, (start, end) in batch:
+            text = memoryview(pending.text)[start:end]
+            digest.update(f"{end - start} {pending.needs_spans} {pending.marked} ".encode())
+            # Marks have another random part in each process.
+            digest.update(
+                self._tokenizer.marked_vocabulary.canonical(bytes(text)) if pending.marked else text
+            )
+        return digest.hexdigest()
+
+
+def _encoded_batch(batch: Sequence[_Window], tokenizer: Tokenizer) -> EncodedBatch:
+    """Return the tokens of a batch."""
+    texts: dict[tuple[bool, bool], list[str]] = {(False, False): [], (True, False): [], (True, True): []}
+    for pending, (start, end) in batch:
+        texts[pending.needs_spans, pending.marked].append(pending.text[start:end].decode())
+    try:
+        # Encoding without spans is faster, and most documents do not need spans.
+        lists = tokenizer.encode_batch(texts[False, False])
+        spanned = iter(tokenizer.encode_spans(texts[True, False]))
+        marked = iter(tokenizer.encode_spans(texts[True, True], marked=True) if texts[True, True] else ())
+    except ValueError as error:
+        first = batch[0][0].where
+        last = batch[-1][0].where
+        raise ValueError(f"{first if first == last else f'{first} to {last}'}: {error}") from error
+    # One array for all texts: thousands of small ones take longer.
+    flat: list[int] = []
+    for ids in lists:
+        flat.append(tokenizer.bos_id)
+        flat += ids
+        flat.append(tokenizer.eos_id)
+    return EncodedBatch(
+        documents=np.fromiter(flat, np.int32, len(flat)),
+        lengths=np.asarray([len(ids) + 2 for ids in lists], np.int64),
+        spanned=[next(marked if pending.marked else spanned) for pending, _ in batch if pending.needs_spans],
+    )
+
+
+def _plain_tokens(
+    batch: Sequence[_Window], encoded: EncodedBatch, tokenizer: Tokenizer
+) -> list[_PlainTokens]:
+    """Return the documents of a batch that were encoded at once, checked as `_check_bytes` does."""
+    tokens = encoded.documents
+    if not len(tokens):
+        return []
+    ends = np.cumsum(encoded.lengths)
+    starts = ends - encoded.lengths
+    if (sizes := tokenizer.token_bytes) is not None:
+        num_bytes = np.add.reduceat(sizes[tokens], starts, dtype=np.int64)
+        num_bytes -= int(sizes[tokenizer.bos_id] + sizes[tokenizer.eos_id])
+        texts = [pending for pending, _ in batch if not pending.needs_spans]
+        for pending, count in zip(texts, num_bytes.tolist(), strict=True):
+            assert count == len(pending.text), pending.where
+    low = np.minimum.reduceat(tokens, starts).tolist()
+    high = np.maximum.reduceat(tokens, starts).tolist()
+    parts = np.split(tokens, ends[:-1])
+    return [_PlainTokens(part, bounds) for part, *bounds in zip(parts, low, high, strict=True)]
+
+
+# Documents --------------------------------------------------------------------------------------------------
 def _admitted(
     source: SourceConfig, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig, rule: SplitRule
 ) -> Iterator[_Pending]:
     """Yield the documents that the policy admits, each with the text to encode."""
     for candidate in source.documents():
-        document = gate.admit(candidate)
-        for side, half in split_document(document, data, rule=rule) if document is not None else ():
-            if not half.is_conversation:
-                # With `encode` names are special tokens, and nothing needs to be reported.
-                if data.special_tokens is SpecialNames.TEXT:
-                    gate.look_for_names(half, tokenizer.special_names)
-                yield _pending_text(side, half, tokenizer=tokenizer, data=data)
-            elif (
-                pending := _pending_conversation(side, half, gate=gate, tokenizer=tokenizer, data=data)
-            ) is not None:
-                yield pending
+        pending = _pending_parts(candidate, gate=gate, tokenizer=tokenizer, data=data, rule=rule)
+        # A long document needs memory only once: as the text to encode.
+        del candidate
+        while pending:
+            yield pending.popleft()
+
+
+def _pending_parts(
+    candidate: Document, *, gate: Gatekeeper, tokenizer: Tokenizer, data: DataConfig, rule: SplitRule
+) -> collections.deque[_Pending]:
+    """Return the text of a document to encode: none, all of it on one side, or its head and its tail."""
+    parts: collections.deque[_Pending] = collections.deque()
+    document = gate.admit(candidate)
+    for side, half in split_document(document, data, rule=rule) if document is not None else ():
+        if half.is_conversation:
+            pending = _pending_conversation(side, half, gate=gate, tokenizer=tokenizer, data=data)
+            parts += [] if pending is None else [pending]
+            continue
+        # With `encode` names are special tokens, and nothing needs to be reported.
+        if data.special_tokens is SpecialNames.TEXT:
+            gate.look_for_names(half, tokenizer.special_names)
+        parts.append(_pending_text(side, half, tokenizer=tokenizer, data=data))
+    return parts
 
 
 def _pending_text(side: str, document: Document, *, tokenizer: Tokenizer, data: DataConfig) -> _Pending:
@@ -245,7 +432,8 @@ def _pending_text(side: str, document: Document, *, tokenizer: Tokenizer, data: 
     encoded = (prompt + text).encode()
     return _Pending(
         side=side,
-        document=document,
+        where=document.where,
+        is_conversation=document.is_conversation,
         text=encoded,
         scored=[(begin, len(encoded))] if begin else None,
         marked=marked,
@@ -271,7 +459,8 @@ def _pending_conversation(
     text = rendered.text.encode()
     return _Pending(
         side=side,
-        document=document,
+        where=document.where,
+        is_conversation=document.is_conversation,
         text=text,
         scored=rendered.answers,
         marked=True,
@@ -296,29 +485,6 @@ def _windows(text: bytes, document: Document, data: DataConfig, *, marked: bool)
             f"{document.where}: a document of more than 2 GiB: split it into several files, or lines of a "
             ".jsonl"
         )
+    if len(text) <= data.max_document_bytes:
+        return [(0, len(text))]
     return windows_of(text, data.max_document_bytes, marked=marked)
-
-
-def _encode(queue: list[tuple[_Pending, str]], tokenizer: Tokenizer) -> None:
-    """Encode and empty the queue."""
-    plain = [(pending, text) for pending, text in queue if not pending.needs_spans]
-    spanned = [(pending, text) for pending, text in queue if pending.needs_spans and not pending.marked]
-    marked = [(pending, text) for pending, text in queue if pending.marked]
-    try:
-        # Encoding without spans is faster, and most documents do not need spans.
-        ids = tokenizer.encode_batch([text for _, text in plain])
-        tokens = tokenizer.encode_spans([text for _, text in spanned])
-        if marked:
-            tokens += tokenizer.encode_spans([text for _, text in marked], marked=True)
-    except ValueError as error:
-        names = (
-            f"{queue[0][0].document.where} to {queue[-1][0].document.where}"
-            if len(queue) > 1
-            else queue[0][0].document.where
-        )
-        raise ValueError(f"{names}: {error}") from error
-    for (pending, _), text_ids in zip(plain, ids, strict=True):
-        pending.ids = text_ids
-    for (pending, _), window_tokens in zip([*spanned, *marked], tokens, strict=True):
-        pending.encoded.append(window_tokens)
-    queue.clear()

@@ -12,6 +12,9 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+from jaxtyping import Integer
+
 from slmjax.data.tokenizers import Tokenizer
 
 _SAMPLED_FIRST = 1_000_000
@@ -71,7 +74,13 @@ class LostTextMeter:
         self._bytes = self._measured = 0
         self._lost: collections.Counter[str] = collections.Counter()
 
-    def add(self, text: bytes, ids: Sequence[int], *, marked: tuple[str, list[int]] | None = None) -> None:
+    def add(
+        self,
+        text: bytes,
+        ids: Sequence[int] | Integer[np.ndarray, " T"],
+        *,
+        marked: tuple[str, list[int]] | None = None,
+    ) -> None:
         """Compare a document with its ids, BOS and EOS included.
 
         Args:
@@ -90,9 +99,8 @@ class LostTextMeter:
             return
         self._measured += len(text)
         if marked is None:
-            self._lost += lost_characters(
-                text.decode(), self._tokenizer.decode([id for id in ids if id not in self._around])
-            )
+            plain = [id for id in np.asarray(ids).tolist() if id not in self._around]
+            self._lost += lost_characters(text.decode(), self._tokenizer.decode(plain))
             return
         for part, part_ids in self._tokenizer.marked_vocabulary.text_between(*marked):
             decoded = self._tokenizer.decode([id for id in part_ids if id not in self._around])

@@ -53,6 +53,7 @@ class MarkedVocabulary:
 
     def __init__(self, backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> None:
         nonce = secrets.token_hex(8)
+        self._nonce = nonce.encode()
         self.marks = {name: f"{MARK_BEGINS}{nonce}.{id}{MARK_ENDS}" for name, id in special.items()}
         specification = json.loads(backend.to_str())
         added = {token["content"]: token for token in specification["added_tokens"]}
@@ -91,6 +92,10 @@ class MarkedVocabulary:
     def mark(self, text: str) -> str:
         """Return the text with the mark of each special token in place of its name."""
         return self.names.sub(lambda match: self.marks[match[0]], text)
+
+    def canonical(self, text: bytes) -> bytes:
+        """Return a text in UTF-8 with marks that are the same in any process."""
+        return text.replace(self._nonce, b"")
 
     def without_marks(self, text: str) -> str:
         """Return the text without the special tokens that are marked in it."""

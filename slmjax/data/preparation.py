@@ -4,9 +4,10 @@
     prepared.train[0][0].tokens(0);  prepared.tokenizer.decode(...);  prepared.heldout_text()
 
 The cache directory has tokenizers/KEY and shards/KEY/{train,heldout}, where KEY is a hash of everything that
-decides the content. A directory is written under a temporary name and renamed when it is complete. A killed
-process leaves nothing that could be mistaken for data, and if two processes prepare the same data, the first
-wins.
+decides the content. A directory is written under a temporary name and renamed when it is complete, so that a
+killed process leaves nothing that could be mistaken for data. What it has tokenized is in parts/KEY, and the
+next preparation uses it. Of several processes that prepare the same data, one works and the others wait
+(`locks.py`).
 """
 
 import contextlib
@@ -27,7 +28,9 @@ from slmjax.config import fingerprint, to_json
 from slmjax.data.config import DataConfig
 from slmjax.data.documents import Gatekeeper, check_bad_fraction
 from slmjax.data.encoding import require_template, write_source
+from slmjax.data.locks import exclusive
 from slmjax.data.lost_text import check_lost_text, lost_fraction
+from slmjax.data.parts import Parts
 from slmjax.data.scored import is_all_scored
 from slmjax.data.shards import FORMAT_VERSION, TokenShards
 from slmjax.data.sources import changed_fields, combined_hash
@@ -37,6 +40,7 @@ from slmjax.data.tokenizers import Reads, Tokenizer, TokenizerConfig
 log = logging.getLogger(__name__)
 
 _STALE_SECONDS = 24 * 3600
+_STALE_PARTS_SECONDS = 7 * _STALE_SECONDS  # of preparations that nobody has continued
 _SAMPLE_TOKENS = 100
 # Part of the key of a tokenizer: change it when the same text and settings give another vocabulary.
 _MADE_FROM = "tokenizer, version 2"
@@ -192,15 +196,16 @@ def _tokenizer(
     )[:32]
     final = data.cache_path / "tokenizers" / key
     files = ("tokenizer.json", "tokenizer_config.json", "hash")
-    if not _is_complete(final, files):
-        split_rules = rules()
+
+    def make(directory: Path) -> None:
         started = time.monotonic()
-        with _cached_directory(final, files=files) as temporary:
-            built = config.build(_texts(data, config.reads, rules=split_rules, bar=bar))
-            built.save(temporary)
-            (temporary / "hash").write_text(built.hash)
+        built = config.build(_texts(data, config.reads, rules=rules(), bar=bar))
+        built.save(directory)
+        (directory / "hash").write_text(built.hash)
         seconds = time.monotonic() - started
         log.info("tokenizer: %d tokens, made in %.1f s", built.vocab_size, seconds)
+
+    _make_once(final, files=files, what="the tokenizer", make=make)
     try:
         loaded = Tokenizer.load(final)
     except ValueError as error:
@@ -257,27 +262,34 @@ def _shard_directory(
     key = combined_hash("shards", str(FORMAT_VERSION), source_hash, tokenizer.hash, chat, *settings)[:32]
     final = data.cache_path / "shards" / key
     files = [f"{side}/manifest.json" for side in ([TRAIN, HELDOUT] if data.heldout_fraction > 0 else [TRAIN])]
-    if _is_complete(final, files):
-        return final
-    rule = rules()[index]
-    started = time.monotonic()
     name = source.describe()
-    bar.start(name, source.size_hint())
-    with _cached_directory(final, files=files) as temporary:
+    parts_directory = data.cache_path / "parts" / key
+
+    def make(directory: Path) -> None:
+        rule = rules()[index]
+        started = time.monotonic()
+        bar.start(name, source.size_hint())
+        if num_parts := len(list(parts_directory.glob("*.npz"))):
+            log.info("%s: continues a preparation that was interrupted, from %d parts", name, num_parts)
         counts = write_source(
             source,
-            temporary,
+            directory,
             source_hash=source_hash,
             tokenizer=tokenizer,
             data=data,
             rule=rule,
+            parts=Parts(parts_directory),
             advance=bar.advance,
         )
-    seconds = time.monotonic() - started
-    log.info("prepared %s: %d documents in %.1f s, in %s", name, counts.documents, seconds, final)
-    # The log shows bad documents even if there are few enough.
-    if counts.bad:
-        log.warning("%s: %s", name, counts.describe())
+        seconds = time.monotonic() - started
+        log.info("prepared %s: %d documents in %.1f s, in %s", name, counts.documents, seconds, final)
+        # The log shows bad documents even if there are few enough.
+        if counts.bad:
+            log.warning("%s: %s", name, counts.describe())
+
+    _make_once(final, files=files, what=name, make=make)
+    # Also if they are of a process that was killed just before this line.
+    shutil.rmtree(parts_directory, ignore_errors=True)
     return final
 
 
@@ -289,24 +301,58 @@ def _is_complete(directory: Path, files: Sequence[str]) -> bool:
     return all((directory / name).exists() for name in files)
 
 
-@contextlib.contextmanager
-def _cached_directory(final: Path, *, files: Sequence[str]) -> Iterator[Path]:
-    """Yield a temporary directory, which is renamed to `final` unless another process was first."""
+def _make_once(final: Path, *, files: Sequence[str], what: str, make: Callable[[Path], None]) -> None:
+    """Let `make` fill a directory that is then renamed to `final`, unless it is complete or another does it.
+
+    Args:
+      final: the directory.
+      files: those that it has when it is complete.
+      what: name of the content, for messages.
+      make: fills the directory that it is called with.
+
+    Raises:
+      ValueError: the cache cannot be written to, or as `make`.
+    """
+    if _is_complete(final, files):
+        return
+    cache = final.parent.parent
     try:
+        (cache / "locks").mkdir(parents=True, exist_ok=True)
         final.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(cache / "locks" / f"{final.parent.name}-{final.name}", what=what) as is_alone:
+            # Another process may have been first.
+            if _is_complete(final, files):
+                return
+            _remove_remains(final, is_alone=is_alone)
+            with atomic_directory(final, keep_existing=True) as temporary:
+                make(temporary)
     except OSError as error:
         raise ValueError(
-            f"{final.parent} cannot be created ({error}): give another directory with --data.cache-dir"
+            f"{cache}: prepared data cannot be written ({error}). Free space there, or give another "
+            "directory with --data.cache-dir; what was tokenized so far is kept and is used by the next "
+            "preparation"
         ) from error
-    # Directories of processes that were killed.
+
+
+def _remove_remains(final: Path, *, is_alone: bool) -> None:
+    """Delete what killed processes have left of `final`, and old remains of others."""
     for other in final.parent.glob(".*"):
-        if time.time() - other.stat().st_mtime > _STALE_SECONDS:
+        is_own = is_alone and other.name.startswith(f".{final.name}-")
+        if is_own or _age_of(other) > _STALE_SECONDS:
+            shutil.rmtree(other, ignore_errors=True)
+    for other in (final.parent.parent / "parts").glob("*"):
+        if other.name != final.name and _age_of(other) > _STALE_PARTS_SECONDS:
             shutil.rmtree(other, ignore_errors=True)
     # A directory appears complete, so a person has deleted a part of this one.
-    if final.exists() and not _is_complete(final, files):
-        shutil.rmtree(final, ignore_errors=True)
-    with atomic_directory(final, keep_existing=True) as temporary:
-        yield temporary
+    shutil.rmtree(final, ignore_errors=True)
+
+
+def _age_of(path: Path) -> float:
+    """Return the seconds since a directory was changed; 0 if it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 class _Bar:

@@ -4,7 +4,7 @@ A text in pieces (a prompt and its completion, the turns of a conversation) is e
 model will see it. The pieces are ranges of its UTF-8 bytes, and `overlap_mask` finds their tokens. A token
 that crosses the boundary of two pieces has bytes of both, and belongs to both.
 
-A text that is too long to be encoded at once is encoded in overlapping windows (`windows_of`). `join_windows`
+A text that is too long to be encoded at once is encoded in overlapping windows (`windows_of`). `WindowJoin`
 passes from one window to the next where both have the same tokens, so that the ids are those of the complete
 text.
 
@@ -14,8 +14,9 @@ text.
 Legend: T tokens, N characters of a text.
 """
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
@@ -29,6 +30,8 @@ MARK_ENDS = "\ufdd1"
 _LONGEST_MARK = 64  # bytes
 # Windows agree if they have the same tokens in the overlap, except in this part of it at both ends.
 _IGNORED_PART = 4
+# Windows that disagree are encoded as one up to the bytes of so many.
+_MOST_WINDOWS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,7 +70,7 @@ class TextTokens:
         return np.diff(np.maximum.accumulate(self.ends), prepend=np.int32(0))
 
 
-def from_sizes(ids: Sequence[int], sizes: Integer[np.ndarray, " V"]) -> TextTokens:
+def from_sizes(ids: Sequence[int] | Int32[np.ndarray, " T"], sizes: Integer[np.ndarray, " V"]) -> TextTokens:
     """Return tokens whose bytes join to the text, from the number of bytes of each id."""
     array = np.asarray(ids, np.int32)
     ends = np.cumsum(sizes[array], dtype=np.int32)
@@ -113,27 +116,101 @@ def windows_of(text: bytes, max_bytes: int, *, marked: bool = False) -> list[Spa
         start = _cut_before(text, end - overlap, marked=marked)
 
 
-def join_windows(encoded: Sequence[TextTokens], windows: Sequence[Span]) -> TextTokens | None:
-    """Return the tokens of the complete text from those of its windows; None if two windows disagree.
+class WindowJoin:
+    """Joins the tokens of a text's windows, in order, to those of the complete text.
+
+    join = WindowJoin(windows_of(text, 1_000_000), encode=lambda start, end: ...)
+    for tokens in encoded: join.add(tokens)
+    join.ids()                                  # or, with the bytes of each, join.tokens()
 
     Two windows agree if they have the same tokens in the middle of their overlap. Its ends are ignored: a
-    text that ends or begins there changes the tokens next to the cut.
+    text that ends or begins there changes the tokens next to the cut. Windows that disagree, for example in
+    a run of one character that is longer than their overlap, are encoded as one. In a run of more than
+    `_MOST_WINDOWS` windows the text is cut, so that memory is bounded: every byte keeps its token, but at
+    the cut the tokens may differ from those of the complete text (`num_cuts`).
     """
-    begins: list[int] = [0]
-    stops: list[int | None] = []
-    for i in range(1, len(windows)):
-        common = _common_token(encoded[i - 1], encoded[i], windows[i - 1], windows[i])
-        if common is None:
-            return None
-        stops.append(common[0])
-        begins.append(common[1])
-    parts = [slice(begin, stop) for begin, stop in zip(begins, [*stops, None], strict=True)]
-    chosen = list(zip(encoded, windows, parts, strict=True))
-    return TextTokens(
-        ids=np.concatenate([tokens.ids[part] for tokens, _, part in chosen]),
-        starts=np.concatenate([tokens.starts[part] + start for tokens, (start, _), part in chosen]),
-        ends=np.concatenate([tokens.ends[part] + start for tokens, (start, _), part in chosen]),
-    )
+
+    def __init__(
+        self, windows: Sequence[Span], *, encode: Callable[[int, int], TextTokens], keeps_spans: bool = True
+    ) -> None:
+        """Create a join of these windows.
+
+        Args:
+          windows: of the text, overlapping.
+          encode: returns the tokens of a range of bytes of the text.
+          keeps_spans: False if only ids are needed, which take a third of the memory.
+        """
+        self._windows = collections.deque(windows)
+        self._encode = encode
+        self._keeps_spans = keeps_spans
+        self._most_bytes = _MOST_WINDOWS * max(end - start for start, end in windows)
+        self._ids: list[np.ndarray] = []
+        self._starts: list[np.ndarray] = []
+        self._ends: list[np.ndarray] = []
+        # The last window, its bytes, and the first of its tokens that is not in a part.
+        self._last: TextTokens | None = None
+        self._span = (0, 0)
+        self._begin = 0
+        self.num_cuts = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all windows were added."""
+        return not self._windows
+
+    def add(self, tokens: TextTokens) -> None:
+        """Add the tokens of the next window."""
+        window = self._windows.popleft()
+        if self._last is None:
+            self._replace(tokens, window, begin=0)
+            return
+        common = _common_token(self._last, tokens, self._span, window)
+        if common is not None:
+            self._finish_last(common[0])
+            self._replace(tokens, window, begin=common[1])
+            return
+        begin = self._span[0]
+        if window[1] - begin <= self._most_bytes:
+            both = self._encode(begin, window[1])
+            # The parts so far end before this token, so it must be the same in both.
+            if self._begin < len(both.ids) and both.starts[self._begin] == self._last.starts[self._begin]:
+                self._replace(both, (begin, window[1]), begin=self._begin)
+                return
+        cut = self._span[1]
+        self.num_cuts += 1
+        self._finish_last(None)
+        self._replace(self._encode(cut, window[1]), (cut, window[1]), begin=0)
+
+    def ids(self) -> Int32[np.ndarray, " T"]:
+        """Return the ids of the complete text. Call this or `tokens` once, after the last window."""
+        assert self.is_complete, "a window is missing"
+        self._finish_last(None)
+        # The parts are not needed any more, and of a long document they are large.
+        parts = self._ids
+        self._ids = []
+        return np.concatenate(parts)
+
+    def tokens(self) -> TextTokens:
+        """Return the tokens of the complete text, if spans were kept."""
+        assert self._keeps_spans, "spans were not kept"
+        ids = self.ids()
+        return TextTokens(ids=ids, starts=np.concatenate(self._starts), ends=np.concatenate(self._ends))
+
+    def _replace(self, tokens: TextTokens, span: Span, *, begin: int) -> None:
+        self._last = tokens
+        self._span = span
+        self._begin = begin
+
+    def _finish_last(self, stop: int | None) -> None:
+        """Append the tokens of the last window before `stop` to the parts."""
+        assert self._last is not None, "there is no window"
+        part = slice(self._begin, stop)
+        # A copy, which does not keep the rest of the window.
+        self._ids.append(self._last.ids[part].copy())
+        if self._keeps_spans:
+            offset = np.int32(self._span[0])
+            self._starts.append(self._last.starts[part] + offset)
+            self._ends.append(self._last.ends[part] + offset)
 
 
 def _common_token(left: TextTokens, right: TextTokens, before: Span, here: Span) -> tuple[int, int] | None:

@@ -1,6 +1,7 @@
 """Preparation: exact bytes, an honest split, reuse by hash, and nothing half-written."""
 
 import dataclasses
+import errno
 import gzip
 import io
 import json
@@ -16,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slmjax.data import provenance
+from slmjax.data import locks, provenance
 from slmjax.data.config import DataConfig, OnBadDocument, Split, TextSource, WeightedSource
+from slmjax.data.encoding import FIXED_MEMORY, MEMORY_PER_BYTE
 from slmjax.data.preparation import inspect, prepare
 from slmjax.data.shards import TokenShards
 from slmjax.data.splitting import boundary_before_tail, is_held_out
@@ -332,51 +334,124 @@ def test_damaged_cache_says_what_to_delete(data: DataConfig) -> None:
 
 
 PREPARE = """
-import sys
+import logging, sys
+import slmjax.data.encoding
 from slmjax.data.config import DataConfig
 from slmjax.data.preparation import prepare
 from slmjax.data.stdlib_corpus import StdlibSource
 from slmjax.data.tokenizers import BpeTokenizer
 
+logging.basicConfig(level=logging.INFO)
+slmjax.data.encoding._BATCH_BYTES = 20_000
 data = DataConfig(path=sys.argv[1], cache_dir=sys.argv[2], heldout_fraction=0.2)
 print("started", flush=True)
 print(prepare(data, BpeTokenizer(vocab_size=300)).train[0][0].hash)
 """
 
 
-def start(data: DataConfig) -> subprocess.Popen[str]:
+def start(data: DataConfig, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PREPARE, str(data.path), str(data.cache_dir)]
     root = Path(__file__).parents[2]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
-
-
-def test_two_processes_at_once_and_one_that_is_killed(data: DataConfig, tmp_path: Path) -> None:
-    big = of_path(
-        data,
-        tmp_path / "big.jsonl",
-        "\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(40) for text in DOCUMENTS),
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env=os.environ | environment,
     )
-    victim = start(big)
-    assert victim.stdout is not None and victim.stdout.readline() == "started\n"
+
+
+def test_killed_at_a_part_and_two_at_once(data: DataConfig, tmp_path: Path) -> None:
+    """A preparation continues from the parts of one that was killed; of two, one works, the other waits."""
+    text = "\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(20) for text in DOCUMENTS)
+    big = of_path(data, tmp_path / "big.jsonl", text)
+    expected = prepare(
+        dataclasses.replace(big, cache_dir=str(tmp_path / "other")), BpeTokenizer(vocab_size=300)
+    )
+    victim = start(big, SLMJAX_FAULT="data.part:4=kill")
+    victim.communicate(timeout=120)
+    assert victim.returncode == -signal.SIGKILL
     cache = Path(str(data.cache_dir))
-    while victim.poll() is None and not list(cache.glob("*/.*")):  # until it writes
-        time.sleep(0.005)
-    victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    both = [start(big), start(big)]
-    outputs = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    hashes = {output.split()[-1] for output, _ in outputs}
-    prepared = prepare(big, BpeTokenizer(vocab_size=300))
-    assert hashes == {prepared.train[0][0].hash}
-    assert (
-        len([directory for directory in (cache / "shards").iterdir() if not directory.name.startswith(".")])
-        == 1
-    )
-    for left_over in cache.glob("*/.*"):  # of the one that was killed: removed after a day
-        os.utime(left_over, (0, 0))
-    prepare(data, BpeTokenizer(vocab_size=300))
-    assert not list(cache.glob("*/.*"))
+    (parts,) = (cache / "parts").iterdir()
+    assert len(list(parts.iterdir())) == 5 and list((cache / "shards").glob(".*.tmp"))
+    assert not [directory for directory in (cache / "shards").iterdir() if directory.name[0] != "."]
+    owner = start(big, SLMJAX_FAULT="data.part:9=sleep")
+    while not list(parts.glob("*9.npz")):
+        time.sleep(0.02)
+    other = start(big)
+    assert other.stderr is not None
+    while "waiting for it" not in (line := other.stderr.readline()):
+        assert line, "it has ended"
+    owner.kill()
+    owner.communicate()
+    output, messages = other.communicate(timeout=120)
+    assert other.returncode == 0, messages
+    assert "continues a preparation that was interrupted, from 10 parts" in messages
+    assert output.split()[-1] == expected.train[0][0].hash
+    # Nothing is left but the data.
+    assert not list((cache / "parts").iterdir()) and not list((cache / "locks").iterdir())
+    assert len(list((cache / "shards").iterdir())) == 1
+
+
+def test_parts_of_other_text_and_damaged_parts_are_made_again(
+    data: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slmjax.data.encoding._BATCH_BYTES", 1000)
+    expected = prepare(dataclasses.replace(data, cache_dir=f"{data.cache_dir}-other"), BYTES)
+    written: list[int] = []
+
+    def stop(point: str, number: int | None = None) -> None:
+        if point == "data.part" and number is not None:
+            written.append(number)
+        if len(written) == 4 and point == "data.part":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("slmjax.faults.at", stop)
+    with pytest.raises(ValueError, match="cannot be written.*Free space.*--data.cache-dir.*is kept"):
+        prepare(data, BYTES)
+    parts = sorted((Path(str(data.cache_dir)) / "parts").glob("*/*.npz"))
+    assert [part.name for part in parts] == [f"part-00000{i}.npz" for i in range(4)]
+    raw = bytearray(parts[0].read_bytes())
+    raw[len(raw) // 2] ^= 1
+    parts[0].write_bytes(raw)
+    parts[1].write_bytes(parts[2].read_bytes())  # tokens of other text
+    parts[3].write_bytes(b"")
+    assert prepare(data, BYTES).train[0][0].hash == expected.train[0][0].hash
+    assert written[4:7] == [0, 1, 3] and written[7] == 4
+
+
+def test_a_stuck_owner_of_the_lock_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("slmjax.data.locks.STALE_SECONDS", 0.2)
+    with locks.exclusive(tmp_path / "lock", what="it") as first:
+        with locks.exclusive(tmp_path / "lock", what="it") as second:
+            assert first and not second
+    assert "waiting for it" in caplog.text and "is stuck" in caplog.text
+    assert not list(tmp_path.iterdir())
+    with locks.exclusive(tmp_path / "lock", what="it") as again:
+        assert again
+
+
+@pytest.mark.nightly
+def test_memory_of_a_long_document_is_bounded(data: DataConfig, tmp_path: Path) -> None:
+    texts = [document.text for document in StdlibSource().documents()]
+    text = "".join(texts)
+    BpeTokenizer(vocab_size=4096).build(texts).save(tmp_path / "tokenizer")
+    (tmp_path / "long.txt").write_text((text * 6)[:50_000_000], encoding="utf-8")
+    code = f"""
+import resource
+from slmjax.data.config import DataConfig
+from slmjax.data.preparation import prepare
+from slmjax.data.tokenizers import FileTokenizer
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prepare(DataConfig(path={str(tmp_path / "long.txt")!r}, cache_dir={str(data.cache_dir)!r}),
+        FileTokenizer(path={str(tmp_path / "tokenizer")!r}))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(output.split()[-1]) < FIXED_MEMORY + MEMORY_PER_BYTE * 50_000_000
 
 
 # The default corpus, and what is shown of a corpus ----------------------------------------------------------

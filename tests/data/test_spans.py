@@ -16,7 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from slmjax.data.config import DataConfig
 from slmjax.data.preparation import prepare
 from slmjax.data.shards import TokenShards
-from slmjax.data.spans import TextTokens, character_offsets, join_windows, windows_of
+from slmjax.data.spans import TextTokens, WindowJoin, character_offsets, windows_of
 from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer, Tokenizer
 from slmjax.evaluation import pair_tokens
 
@@ -168,6 +168,17 @@ class TestWindows:
         shards = shards_of([{"text": "x" + text}], config, tmp_path, max_document_bytes=1031)
         assert shards.tokens(0)[1:-1].tolist() == config.build(["x" + text]).encode("x" + text)
 
+    def test_that_disagree_for_long_are_cut(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """So the memory is bounded. Each byte keeps its token, and a warning reports the cuts."""
+        text = "x" + "a" * 20_000 + " the end"
+        config = BpeTokenizer(vocab_size=259)
+        shards = shards_of([{"text": text}], config, tmp_path, max_document_bytes=1031)
+        tokenizer = config.build([text])
+        ids = shards.tokens(0)[1:-1].tolist()
+        assert tokenizer.decode(ids) == text
+        assert 0 <= len(ids) - len(tokenizer.encode(text)) <= 4
+        assert "cut in 2 places" in caplog.text
+
 
 def test_windows_do_not_cut_the_marks_of_special_tokens() -> None:
     tokenizer = CharTokenizer().build(["abc de\n"]).add_tokens(["<|end|>"], special=True)
@@ -176,9 +187,11 @@ def test_windows_do_not_cut_the_marks_of_special_tokens() -> None:
     parts = [text.encode()[start:stop].decode() for start, stop in windows]
     # half a mark is text, which this vocabulary cannot express
     tokens = tokenizer.encode_spans(parts, marked=True)
-    joined = join_windows(tokens, windows)
-    assert len(windows) > 10 and joined is not None
-    assert joined.ids.tolist() == tokenizer.encode_spans([text], marked=True)[0].ids.tolist()
+    join = WindowJoin(windows, encode=lambda start, end: pytest.fail("windows disagree"))
+    for of_window in tokens:
+        join.add(of_window)
+    assert len(windows) > 10
+    assert join.ids().tolist() == tokenizer.encode_spans([text], marked=True)[0].ids.tolist()
 
 
 def test_tokens_and_their_bytes_by_hand() -> None:
