@@ -2,7 +2,7 @@
 
     python benchmarks/tokenize_speed.py [--megabytes 64]
 
-Each figure is of a process of its own. CPU seconds count user and system time of all threads. The library
+Each measurement is of a process of its own. CPU seconds count user and system time of all threads. The library
 alone reads the same JSON lines, encodes the texts in batches of 4 MiB with `encode_batch_fast`, and takes the
 ids; slmjax also checks, splits, hashes and writes them. Memory is the peak of the resident set, less that
 before the work.
@@ -78,7 +78,7 @@ def prepared(corpus: Path, tokenizer: Path, *, split_tail: bool = False) -> dict
 
 
 def measured(kind: str, corpus: Path, tokenizer: Path) -> dict[str, Any]:
-    """Return the figures of one kind of work in this process."""
+    """Return the metrics of one kind of work in this process."""
     # Imports and threads are not part of the work.
     import slmjax.data.preparation
 
@@ -97,7 +97,7 @@ def measured(kind: str, corpus: Path, tokenizer: Path) -> dict[str, Any]:
 
 
 def in_process(kind: str, corpus: Path, tokenizer: Path) -> dict[str, Any]:
-    """Return the figures of one kind of work in a process of its own."""
+    """Return the metrics of one kind of work in a process of its own."""
     command = [sys.executable, __file__, "--only", kind, str(corpus), str(tokenizer)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])
@@ -126,9 +126,9 @@ def main() -> None:
         speed: dict[str, list[float]] = {"bare": [], "slmjax": []}
         for _ in range(args.repetitions):
             for kind in speed:
-                figures = in_process(kind, root / "corpus.jsonl", root / "tokenizer")
-                speed[kind].append(figures["tokens"] / figures["cpu"])
-                print(kind, {name: round(value, 2) for name, value in figures.items()}, flush=True)
+                metrics = in_process(kind, root / "corpus.jsonl", root / "tokenizer")
+                speed[kind].append(metrics["tokens"] / metrics["cpu"])
+                print(kind, {name: round(value, 2) for name, value in metrics.items()}, flush=True)
         # The best of each: other processes only slow one down.
         print(f"slmjax / bare, tokens per CPU second: {max(speed['slmjax']) / max(speed['bare']):.3f}")
         # One document, whose end is held out.
@@ -136,8 +136,8 @@ def main() -> None:
         document = root / "document.txt"
         repeated = text * (1 + (_DOCUMENT_MEGABYTES << 20) // len(text))
         document.write_text(repeated[: _DOCUMENT_MEGABYTES << 20], encoding="utf-8")
-        figures = in_process("slmjax", document, root / "tokenizer")
-        print(f"one document of {_DOCUMENT_MEGABYTES} MiB: {figures['memory'] / 2**20:.0f} MiB")
+        metrics = in_process("slmjax", document, root / "tokenizer")
+        print(f"one document of {_DOCUMENT_MEGABYTES} MiB: {metrics['memory'] / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Files in reading order:
 - scored.py: the tokens of a document that are scored
 - spans.py: tokens with the bytes that they stand for
 - conventions.py: BOS, end tokens and chat template of a model
+- patterns.py: regular expressions that may take too long are refused
 - plain_text.py, marks.py: text that gives no special tokens, and special tokens that text cannot imitate
 - vocabulary.py, detokenization.py: bytes of ids, and ids to text
 - tokenizers.py: text to ids

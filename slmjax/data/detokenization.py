@@ -17,6 +17,7 @@ from typing import Any
 
 import tokenizers
 
+from slmjax.data.patterns import library_errors
 from slmjax.data.vocabulary import byte_characters
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -54,10 +55,11 @@ class Detokenizer:
         """Return the text of the ids, without special tokens."""
         if self._pieces is not None:
             return self.decode_bytes(ids).decode("utf-8", "replace")
-        # Only byte fallback can produce invalid UTF-8 that the library would decode in another way.
-        if not self._has_byte_tokens:
-            return self._backend.decode([int(id) for id in ids], skip_special_tokens=True)
-        return self._backend.decoder.decode(replace_invalid_bytes(filter(None, map(self._name, ids))))
+        with library_errors("the vocabulary cannot decode these ids"):
+            # Only byte fallback can produce invalid UTF-8 that the library would decode in another way.
+            if not self._has_byte_tokens:
+                return self._backend.decode([int(id) for id in ids], skip_special_tokens=True)
+            return self._backend.decoder.decode(replace_invalid_bytes(filter(None, map(self._name, ids))))
 
     def decode_continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """Return the text that ids add to a prompt, with a character that the prompt has begun."""

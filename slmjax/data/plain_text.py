@@ -16,6 +16,8 @@ from typing import Any
 
 import tokenizers
 
+from slmjax.data.patterns import library_errors
+
 _NONCHARACTER = "\U0010ffff"  # never assigned to a character
 
 
@@ -101,13 +103,11 @@ def checked_encodings(
     Raises:
       ValueError: the vocabulary cannot express a text, or expresses it by a reserved token.
     """
-    try:
+    with library_errors(
+        "the vocabulary cannot express the text, and has no unknown token, or its patterns take too long: "
+        "use a tokenizer that falls back on bytes, or one with an unknown token"
+    ):
         encodings = encode(list(texts), add_special_tokens=False)
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(
-            f"the vocabulary cannot express the text, and has no unknown token ({error}): use a tokenizer "
-            "that falls back on bytes, or one with an unknown token"
-        ) from error
     for text, encoding in zip(texts, encodings if reserved else (), strict=False):
         if not reserved.keys().isdisjoint(ids := encoding.ids):
             name = next(reserved[id] for id in ids if id in reserved)

@@ -190,7 +190,7 @@ class ShardWriter:
         for start in range(0, ids.size, RECORD_TOKENS):
             record = ids[start : start + RECORD_TOKENS]
             # The hash is of the ids, whatever the width in which they are stored.
-            self._digest.update(record if record.dtype == _INT32 else record.astype("<u4"))
+            self._digest.update((record if record.dtype == _INT32 else record.astype("<u4")).data)
             if ids.size > RECORD_TOKENS:
                 bounds = int(record.min()), int(record.max())
             # Two bytes per id halve the disk space for vocabularies up to 65,536.

@@ -31,6 +31,7 @@ from slmjax.data import conventions, spans
 from slmjax.data.conventions import BOS, EOS, SpecialToken
 from slmjax.data.detokenization import Detokenizer
 from slmjax.data.marks import MarkedVocabulary, names_pattern
+from slmjax.data.patterns import check_patterns, library_errors
 from slmjax.data.plain_text import checked_encodings, plain_text_backend, reserved_tokens
 from slmjax.data.spans import TextTokens
 from slmjax.data.vocabulary import (
@@ -39,7 +40,9 @@ from slmjax.data.vocabulary import (
     exact_pieces,
     is_character_vocabulary,
     sample_of,
+    with_short_words,
 )
+from slmjax.stored_json import read_object
 
 _NUM_SPECIAL = 2
 
@@ -359,12 +362,12 @@ class Tokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"there is no {file}: give a tokenizer.json, or its directory")
-        try:
+        remedy = "restore it, it is not a tokenizer.json that the tokenizers library can read"
+        specification = read_object(file, {"model": dict}, remedy=remedy)
+        # Before the library compiles them: the file may be anyone's.
+        check_patterns(specification, name=str(file))
+        with library_errors(f"{file} is not a tokenizer.json that the tokenizers library can read"):
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(
-                f"{file} is not a tokenizer.json that the tokenizers library can read: {error}"
-            ) from error
         configured = conventions.read_conventions(file.parent)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         special = sorted(token.content for token in backend.get_added_tokens_decoder().values())
@@ -509,7 +512,7 @@ class BpeTokenizer(TokenizerConfig):
         )
         # The pre-tokenizer of GPT-2, which GGUF and Hugging Face formats can express.
         backend = _byte_level(models.BPE())
-        backend.train_from_iterator(sample_of(texts, self.training_bytes), trainer)
+        backend.train_from_iterator(with_short_words(sample_of(texts, self.training_bytes)), trainer)
         return Tokenizer(backend, bos=BOS, eos=EOS)
 
 

@@ -6,7 +6,8 @@ pieces = exact_pieces(json.loads(backend.to_str()), backend.get_vocab(), vocab_s
 
 import hashlib
 import heapq
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 NUM_BYTES = 256
@@ -32,8 +33,18 @@ def is_character_vocabulary(specification: dict[str, Any]) -> bool:
     return plain and fused and model["type"] == "BPE" and not model["merges"]
 
 
+# Letters, digits, other signs, or white space: the kinds of words of the pre-tokenizer of GPT-2. The classes
+# of Python differ from its own in a few numerals, which is no matter for where a long word is cut.
+LONGEST_WORD = 256
+_KINDS = (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s")
+_LONG_WORD = re.compile("|".join(f"{kind}{{{LONGEST_WORD + 1},}}" for kind in _KINDS))
+
+
 def sample_of(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """Return the texts with the smallest hashes that fit `max_bytes`, at least one, whatever their order."""
+    """Return the texts with the smallest hashes that fit `max_bytes`, whatever their order.
+
+    There is at least one; if it is longer, it is cut.
+    """
     # A heap of the texts with the smallest hashes, the largest of them on top.
     heap: list[tuple[int, str]] = []
     total = 0
@@ -50,7 +61,26 @@ def sample_of(texts: Iterable[str], max_bytes: int) -> list[str]:
             total -= len(dropped.encode())
             # Earlier texts with larger hashes may have been dropped, so later ones must be, too.
             limit = -rank
+    if len(heap) == 1 and total > max_bytes:
+        return [heap[0][1].encode()[:max_bytes].decode(errors="ignore")]
     return [text for _, text in sorted(heap, reverse=True)]
+
+
+def with_short_words(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts, cut so that no word of byte-level BPE is longer than `LONGEST_WORD` characters.
+
+    The time to learn from a word grows with the square of its length, so that one of a megabyte (a base64
+    block, one character repeated) would take hours. Other words are not cut.
+    """
+    for text in texts:
+        start = 0
+        for word in _LONG_WORD.finditer(text):
+            # The space before a word belongs to it.
+            cuts = range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD)
+            for cut in cuts:
+                yield text[start:cut]
+                start = cut
+        yield text[start:]
 
 
 def exact_pieces(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer, Tokenizer
+from slmjax.data.vocabulary import LONGEST_WORD, sample_of, with_short_words
 
 TEXTS = [
     "def main(arguments):\n    return arguments\n" * 3,
@@ -221,3 +222,25 @@ def test_a_continuation_keeps_the_space_before_its_first_word(bpe: Tokenizer, tm
     )
     ids = bpe.encode("the quick")
     assert bpe.decode_continuation(ids[:2], ids[2:]) == bpe.decode(ids[2:])
+
+
+def test_words_to_learn_from_are_bounded() -> None:
+    """A word of megabytes would take hours to learn from; no other word is cut."""
+    usual = "def main(arguments):\n" + " ".join("ab1.,ä" * 40 for _ in range(50)) + " " * 200
+    assert list(with_short_words([usual, ""])) == [usual, ""]
+    for character in ("a", "7", "-", "_-", " ", "数"):
+        text = f"one two {character * 100_000}! three"
+        pieces = list(with_short_words([text]))
+        assert "".join(pieces) == text and len(pieces) > 300
+        words = [
+            word for piece in pieces for word, _ in pre_tokenizers.ByteLevel(False).pre_tokenize_str(piece)
+        ]
+        assert max(len(word) for word in words) <= 3 * (LONGEST_WORD + 1)  # three bytes for one sign
+    text = "abc" * 400_000
+    tokenizer = BpeTokenizer(vocab_size=270).build([text])
+    assert tokenizer.decode(tokenizer.encode(text[:1000])) == text[:1000]
+
+
+def test_a_text_longer_than_the_sample_is_cut() -> None:
+    assert sample_of(["ä" * 10], 5) == ["ää"]
+    assert len(sample_of(["a", "b" * 10], 5)) == 1
