@@ -1,11 +1,11 @@
-"""Speed and memory of preparation, beside the `tokenizers` library alone.
+"""Speed and memory of preparation, compared with the `tokenizers` library alone.
 
     python benchmarks/tokenize_speed.py [--megabytes 64]
 
-Each measurement is of a process of its own. CPU seconds count user and system time of all threads. The library
-alone reads the same JSON lines, encodes the texts in batches of 4 MiB with `encode_batch_fast`, and takes the
-ids; slmjax also checks, splits, hashes and writes them. Memory is the peak of the resident set, less that
-before the work.
+Each measurement is of a process of its own. CPU seconds count user and system time of all threads. The
+library alone reads the same JSON lines, encodes the texts in batches of 4 MiB with `encode_batch_fast`, and
+takes the ids; slmjax also checks, splits, hashes and writes them. Memory is the peak of the resident set,
+less that before the work.
 """
 
 import argparse
