@@ -77,7 +77,7 @@ def commands() -> str:
 
 
 def _command(name: str, function: Callable[..., int]) -> str:
-    about, _, usage = inspect.cleandoc(function.__doc__ or "").partition("\n\n")
+    about, usage, *notes = inspect.cleandoc(function.__doc__ or "").split("\n\n")
     module = inspect.getmodule(function)
     assert module is not None
     lines = inspect.getsource(module).splitlines()
@@ -106,7 +106,7 @@ def _command(name: str, function: Callable[..., int]) -> str:
         kind = re.sub(r"Annotated\[(.*), (\*positional|repeated).*", r"\1", annotation)
         option = shown[0] if shown else f"--{field.replace('_', '-')}"
         rows.append(f"| `{option}` | {_cell(kind)} | {_cell(default)} | {html.escape(comment)} |")
-    parts = [f"## {name}", about, f"```\n{usage}\n```"]
+    parts = [f"## {name}", about, f"```\n{usage}\n```", *notes]
     if trees:
         parts.append(
             f"Fields of {' and '.join(trees)} are options too: see [configuration](configuration.md)."

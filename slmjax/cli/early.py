@@ -6,6 +6,7 @@ Only what is certainly wrong is refused here: names that no field has, and files
 is checked where it is used.
 """
 
+import dataclasses
 import difflib
 import glob
 from collections.abc import Sequence
@@ -16,12 +17,27 @@ from slmjax.cli.options import asks_for_help, peek_option, split_experiment, spl
 from slmjax.cli.source import built_in_experiments, field_kinds
 from slmjax.config import near_names
 
-_TRAINED = "the directory that the last line of `slmjax train` printed"
-_MODEL = f"{_TRAINED}, or one that `slmjax import` wrote"
-# Options that name what must be there, with what to name instead.
-_DIRECTORIES = {"resume": _TRAINED, "init-from": _MODEL, "teacher": _MODEL}
-# Commands that read a model or a run, their first argument.
-_READING = {"eval": _MODEL, "generate": _MODEL, "quantize": _MODEL, "export": _MODEL, "report": _TRAINED}
+_PRINTED = "the directory that the last line of `slmjax train` printed"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Directory:
+    """A kind of directory that is read."""
+
+    file: str  # that it has, if it is one
+    name: str
+    instead: str  # what to name instead of another directory
+
+
+_RUN = Directory(file="config.json", name="not a run directory", instead=_PRINTED)
+_MODEL = Directory(
+    file="model.json",
+    name="neither a run directory nor an imported model",
+    instead=f"{_PRINTED}, or one that `slmjax import` wrote",
+)
+# What options name, and what the first argument of commands is.
+_OPTIONS = {"resume": _RUN, "init-from": _MODEL, "teacher": _MODEL}
+_COMMANDS = {"eval": _MODEL, "generate": _MODEL, "quantize": _MODEL, "export": _MODEL, "report": _RUN}
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".toml", ".ini", ".cfg")
 _CONFIG_OPTIONS = ("config", "config-file", "cfg", "yaml")
 
@@ -38,7 +54,7 @@ def check(command: str, argv: Sequence[str]) -> None:
     """Raise ValueError for what is certainly wrong on the command line of a command."""
     if asks_for_help(argv):
         return
-    if command in _READING:
+    if command in _COMMANDS:
         _check_reading(command, argv)
     takes_experiment = command in ("train", "data", "formats")
     after_action = split_positional(argv)[1] if command in ("data", "formats") else argv
@@ -54,24 +70,26 @@ def check(command: str, argv: Sequence[str]) -> None:
 
 def _check_reading(command: str, argv: Sequence[str]) -> None:
     positionals = [argument for argument in argv if not argument.startswith("-")]
+    kind = _COMMANDS[command]
     if not positionals:
+        name = "RUN_OR_MODEL_DIR" if command in ("quantize", "export") else "RUN_DIR"
         raise ValueError(
-            f"slmjax {command} needs {'RUN_DIR' if command != 'quantize' else 'RUN_OR_MODEL_DIR'}: name "
-            f"{_READING[command]}. `slmjax {command} --help` lists the options"
+            f"slmjax {command} needs {name}: {kind.instead}. `slmjax {command} --help` lists the options"
         )
-    first = Path(positionals[0])
     # Only where it stands first: elsewhere it may be the value of an option.
-    if argv[0] == positionals[0] and not first.exists():
-        raise ValueError(_missing(argv[0], _READING[command]))
-    if command == "eval" and argv[0] == positionals[0]:
-        _check_text(first, argv)
+    if argv[0] != positionals[0]:
+        return
+    _check_directory(argv[0], argv[0], kind)
+    if command == "eval":
+        _check_text(Path(argv[0]), argv)
 
 
 def _check_text(model: Path, argv: Sequence[str]) -> None:
     """Raise ValueError for an evaluation on text of a model that has no text of its own."""
     others = ("--multiple-choice", "--lm-eval", "--efficiency", "--energy", "--data.", "--path")
-    has_text = (model / "config.json").is_file() or not (model / "model.json").is_file()
-    if not has_text and not any(argument.replace("_", "-").startswith(others) for argument in argv):
+    if (model / "config.json").is_file():
+        return
+    if not any(argument.replace("_", "-").startswith(others) for argument in argv):
         raise ValueError(
             f"{model} is no run, so it has no held-out text of its own: name a text with --data.path FILE, "
             "or measure something else (--multiple-choice FILE, --lm-eval TASK, --efficiency)"
@@ -132,23 +150,30 @@ def _is_known(part: str) -> bool:
 
 
 def _check_paths(options: Sequence[str]) -> None:
-    for option, what in _DIRECTORIES.items():
+    for option, kind in _OPTIONS.items():
         path = peek_option(options, f"--{option}")
-        if path is not None and path != "None" and not Path(path).is_dir():
-            raise ValueError(_missing(f"--{option} {path}", what))
-    for option in ("--data.path", "--data-path", "--code"):
+        if path is not None and path != "None":
+            _check_directory(f"--{option} {path}", path, kind)
+    for option in ("--data.path", "--code"):
         text = peek_option(options, option)
         if text is None or text == "None" or glob.has_magic(text):
             continue
         path = Path(text).expanduser()
         if not path.exists():
-            siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-            near = near_names(path.name, siblings)
-            raise ValueError(f"{option} {text} does not exist (looked in {path.parent.absolute()}).{near}")
+            place = path.parent.absolute()
+            raise ValueError(f"{option} {text} does not exist (looked in {place}).{_near_entries(path)}")
 
 
-def _missing(what: str, instead: str) -> str:
-    path = Path(what.rpartition(" ")[2])
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = near_names(path.name, siblings)
-    return f"{what} is no directory that exists.{near} Name {instead}"
+def _check_directory(what: str, text: str, kind: Directory) -> None:
+    """Raise ValueError for a path that is no directory of this kind."""
+    path = Path(text)
+    if not path.is_dir():
+        raise ValueError(f"{what} is no directory that exists.{_near_entries(path)} Name {kind.instead}")
+    if not (path / kind.file).is_file():
+        raise ValueError(f"{what} is {kind.name}: it has no {kind.file}. Name {kind.instead}")
+
+
+def _near_entries(path: Path) -> str:
+    """Return a hint with the names in the path's directory that are like its own."""
+    entries = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    return near_names(path.name, entries)

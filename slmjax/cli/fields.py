@@ -1,7 +1,7 @@
 """Options of a command as a list: what its help prints, and what short names are looked up in.
 
-    options = options_of(Arguments, default)            # one for each field, nested ones by their path
-    full_names(["--learning-rate", "3e-4"], options)    # -> ["--optim.lr", "3e-4"]
+    options = options_of(cls, default)        # one for each field, nested ones by their path
+    full_names(["--learning-rate", "3e-4"], options, command="train")       # -> ["--optim.lr", "3e-4"]
 
 tyro parses the command line; the names here are those that it gives to the same fields.
 """

@@ -167,7 +167,8 @@ def _train_arguments(start: Any) -> type:
         resume: str | None = None
         # with --resume: begin again at step 0 if no checkpoint of the run is left
         restart: bool = False
-        # run or imported model to start from: its parameters and tokenizer, and a run's experiment
+        # run or imported model to start from: its parameters and tokenizer, and a run's experiment; the
+        # experiment `finetune` has rates for it
         init_from: str | None = None
         # run or imported model to distill from, as --objective.distill.* describes; its tokenizer is used
         teacher: str | None = None

@@ -18,7 +18,7 @@ from types import ModuleType
 
 from slmjax.config import near_names
 from slmjax.data.config import DataConfig, Packing, Split
-from slmjax.data.tokenizers import BpeTokenizer, CharTokenizer
+from slmjax.data.tokenizers import BpeTokenizer, CharTokenizer, FileTokenizer
 from slmjax.models import zoo
 from slmjax.training.experiment import EvalConfig, Experiment, FromModel, RunConfig
 from slmjax.training.optim import OptimConfig, Optimizer, Schedule
@@ -76,6 +76,7 @@ def finetune() -> Experiment:
         model=zoo.smollm2_135m(),
         init=FromModel(path=NO_MODEL),
         data=DataConfig(sequence_length=512, batch_size=8),
+        tokenizer=FileTokenizer(path=f"{NO_MODEL}/tokenizer"),
         # Rates that keep what a model has learnt, and a short warm-up as the moments begin at zero.
         optim=OptimConfig(
             lr=5e-5,

@@ -292,7 +292,7 @@ def test_an_experiment_that_is_not_there(refused):
     ("code", "message"),
     [
         ("x = 1", "needs a function `def experiment() -> Experiment`"),
-        ("def experiment():\n    return 7", "needs a function `def experiment() -> Experiment`"),
+        ("def experiment():\n    return 7", "experiment() of wrong.py returned an int, not an Experiment"),
         (
             "import slmjax\n\ndef experiment():\n    return slmjax.load_experiment('nan')",
             "wrong.py, line 4: ValueError: there is no",
@@ -349,8 +349,9 @@ def test_settings_that_do_not_fit(refused, options, message):
     assert message in refused("train", "tiny.py", *options)
 
 
-def test_resume_of_what_is_no_run(refused):
+def test_resume_of_what_is_no_run(refused, tmp_path):
     assert "not a run directory" in refused("train", "--resume", ".")
+    (tmp_path / "config.json").write_text("{}")
     assert "leave out tiny.py" in refused("train", "tiny.py", "--resume", ".")
 
 

@@ -153,7 +153,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, bytes] | None, tuple[str, ...]]] = {
         None,
         ("text.txt is a file", "--run.directory"),
     ),
-    "probability": ("generate . --top-p 1.5", None, ("top_p", "1.5")),
+    "probability": ("generate --top-p 1.5 tiny", None, ("top_p", "1.5")),
 }
 
 

@@ -19,24 +19,27 @@ PARAMETERS = 60_032  # counted by hand from the shapes of tiny.py's layers, as t
 
 def test_a_dry_run(workplace: Path, run_command: Callable[..., CompletedProcess[str]]) -> None:
     before = sorted(workplace.rglob("*"))
-    done = run_command("train", "tiny.py", "--dry-run", "--json", "--optim.warmup-steps", "99", cwd=workplace)
+    options = ("--dry-run", "--json", "--optim.warmup-steps", "99", "--epochs", "0.4")
+    done = run_command("train", "tiny.py", *options, cwd=workplace)
     assert done.returncode == 0, done.stderr
-    assert "optim.warmup_steps is 99" in done.stderr and "shortened to 6" in done.stderr
+    assert "optim.warmup_steps is 99" in done.stderr and "shortened to 5" in done.stderr
     assert sorted(workplace.rglob("*")) == before, "something was written"
     plan = json.loads(done.stdout)
-    assert (plan["parameters"], plan["steps"], plan["devices"]) == (PARAMETERS, 60, 1)
-    # Nine tenths of 60,000 bytes, as bytes, in rows of 48.
+    # Nine tenths of 60,000 bytes, as bytes, in rows of 48: 0.4 epochs are 56.3 steps of 8.
+    steps = 57
+    assert (plan["parameters"], plan["steps"], plan["devices"]) == (PARAMETERS, steps, 1)
     assert plan["rows"] == pytest.approx(54_000 / 48, rel=0.01)
-    assert plan["epochs"] == pytest.approx(60 * 8 / plan["rows"])
-    assert 0.98 * 60 * 8 * 48 < plan["tokens"] <= 60 * 8 * 48
+    assert plan["epochs"] == pytest.approx(steps * 8 / plan["rows"]) and 0.4 <= plan["epochs"] < 0.41
+    assert 0.98 * steps * 8 * 48 < plan["tokens"] <= steps * 8 * 48
     # Two moments of AdamW and one average, in float32 as the parameters; the bias of the routers is a buffer.
     memory = plan["memory"]
     assert memory["average"] == 4 * PARAMETERS
     assert memory["optimizer"] == pytest.approx(8 * PARAMETERS, abs=2000)
     assert memory["parameters"] == pytest.approx(4 * PARAMETERS, abs=200) and memory["temporary"] > 1e6
     model = dataclasses.replace(experiment().model, vocab_size=258, context_length=48)
-    assert plan["flops"] == pytest.approx(zoo.describe(model).training_flops_per_token * 60 * 8 * 48)
-    assert plan["seconds"] == pytest.approx(30 * sum(plan["step_seconds"])) and len(plan["step_seconds"]) == 2
+    assert plan["flops"] == pytest.approx(zoo.describe(model).training_flops_per_token * steps * 8 * 48)
+    first, second = plan["step_seconds"]
+    assert plan["seconds"] == pytest.approx(steps * (first + second) / 2)
     assert (plan["evaluations"], plan["checkpoints"]) == (2, 6)
     assert Path(plan["directory"]).name.startswith("tiny-DATE-TIME-")
 
