@@ -192,7 +192,8 @@ class Lab:
             return
         if trace.parameters != self.reference.parameters:
             raise Defect(f"other final parameters than without the fault ({trace.parameters[:12] or 'none'})")
-        if trace.final != self.reference.final:
+        # A signal may have ended the final evaluation, which result.json then says.
+        if result["measured_on"] == "held-out text" and trace.final != self.reference.final:
             raise Defect(f"other final loss than without the fault: {trace.final}")
         if partly:
             return

@@ -159,11 +159,11 @@ def _signal_anywhere(lab: Lab, case: Case, *, is_doubled: bool = False, is_resum
     with lab.scratch() as folder:
         if is_resumed:
             run = lab.copy("part", folder)
+            before = len(records(run))
             end = lab.resume(run, plan=plan)
-        else:
-            end = session(TRAIN, folder=folder, plan=plan)
-            run = next(iter(new_runs(folder)), None)
-        return _after_signal(lab, run, end, is_doubled=is_doubled)
+            return _after_signal(lab, run, end, is_doubled=is_doubled, before=before)
+        end = session(TRAIN, folder=folder, plan=plan)
+        return _after_signal(lab, next(iter(new_runs(folder)), None), end, is_doubled=is_doubled)
 
 
 def _signal_at_point(lab: Lab, case: Case) -> Outcome:
@@ -212,9 +212,19 @@ _ENDS = {0, 1, INTERRUPTED, 130, 143, -signal.SIGINT, -signal.SIGTERM}
 
 
 def _after_signal(
-    lab: Lab, run: Path | None, end: End, *, is_doubled: bool = False, is_cold: bool = False
+    lab: Lab,
+    run: Path | None,
+    end: End,
+    *,
+    is_doubled: bool = False,
+    is_cold: bool = False,
+    before: int = 0,
 ) -> Outcome:
-    """Judge the end of a signalled run and what resuming it gives."""
+    """Judge the end of a signalled run and what resuming it gives.
+
+    Args:
+      before: records of the log that earlier sessions wrote.
+    """
     require_clean(end, activity="signalled")
     if end.status not in _ENDS or end.status == 1:
         raise Defect(f"signalled: status {end.status}: {tail(end)}")
@@ -227,22 +237,17 @@ def _after_signal(
     if end.status == 0 and not is_complete(run):
         raise Defect(f"status 0, and the run is not complete: {tail(end)}")
     if end.status == INTERRUPTED and not is_doubled:
-        _require_saved(run)
+        _require_saved(run, before)
     lab.require_resumable(run)
     return survived(f"ended with status {end.status}, resumed to the reference's bits")
 
 
-def _require_saved(run: Path) -> None:
-    """Raise Defect unless an interrupted run has saved the step that its log ends with."""
-    last = None
-    for record in records(run):
-        # Of this session alone: one that was killed may have come further.
-        if record.get("kind") == "session":
-            last = None
-        elif record.get("kind") == "train":
-            last = record["step"]
-    if last and not (run / "checkpoints" / str(last) / "MANIFEST.json").exists():
-        raise Defect(f"status {INTERRUPTED}, and step {last}, the last of the log, is not saved")
+def _require_saved(run: Path, before: int) -> None:
+    """Raise Defect unless an interrupted session has saved the last step of its log."""
+    # Not those of a session that was killed, which may have come further.
+    steps = [record["step"] for record in records(run)[before:] if record.get("kind") == "train"]
+    if steps and not (run / "checkpoints" / str(steps[-1]) / "MANIFEST.json").exists():
+        raise Defect(f"status {INTERRUPTED}, and step {steps[-1]}, the last of the log, is not saved")
 
 
 KINDS: dict[str, Any] = {"kill": kill, "signal": interrupt}
