@@ -32,7 +32,7 @@ _FATAL = ("JAX distributed service", "coordination service", "Terminating proces
 
 def processes(lab: Lab, case: Case) -> Outcome:
     """Disturb one of two processes, or both."""
-    variants = (_different, _signalled, _killed, _different, _paused, _signalled, _killed_at_point)
+    variants = (_different, _signalled, _killed, _different, _paused, _signalled, _killed_at_point, _stuck)
     return variants[case.number % len(variants)](lab, case)
 
 
@@ -150,6 +150,34 @@ def _paused(lab: Lab, case: Case) -> Outcome:
             raise Defect(f"statuses {[end.status for end in ends]}: {tail(ends[0])} / {tail(ends[1])}")
         _require_losses(lab, new_runs(folder)[0])
         return survived("trained on to the bits of an undisturbed pair")
+
+
+def _stuck(lab: Lab, case: Case) -> Outcome:
+    """Stop one process for good: the heartbeat finds it, and the other ends."""
+    rank = case.rng.randrange(2)
+    delay = case.rng.uniform(0.5, 1.5) * lab.seconds
+    case.describe(f"process {rank} stopped for good after {delay:.3f} s")
+    # Killed at last, as a person would, which must not be what ends the other.
+    signals = ((delay, signal.SIGSTOP), (delay + 3 * _HEARTBEAT, signal.SIGKILL))
+    plans = [Plan(signals=signals if rank == other else (), in_child=_short_heartbeat) for other in range(2)]
+    with lab.scratch() as folder:
+        ends = _pair(folder, ["train", "tiny.py"], (plans[0], plans[1]))
+        waited = ends[1 - rank].seconds - delay
+        if waited > 2.9 * _HEARTBEAT:
+            raise Defect(f"process {1 - rank} waited {waited:.0f} s for the process that is stuck")
+        return _judge(lab, folder, ends)
+
+
+_HEARTBEAT = 10  # seconds
+
+
+def _short_heartbeat() -> None:
+    import jax
+
+    # The default of 100 s would be most of a campaign.
+    jax.distributed.initialize = functools.partial(
+        jax.distributed.initialize, heartbeat_timeout_seconds=_HEARTBEAT
+    )
 
 
 def _require_losses(lab: Lab, run: Path) -> None:
