@@ -17,6 +17,7 @@ import json
 import random
 import resource
 import signal
+import tempfile
 import time
 import traceback
 import zlib
@@ -28,11 +29,14 @@ from slmjax.checkpoints import manifest, safetensors_files
 from slmjax.checkpoints.manifest import _digest as manifest_digest
 from slmjax.checkpoints.model_file import read_config, read_quant_phases
 from slmjax.checkpoints.run_checkpoints import CheckpointConfig, Checkpointer
-from slmjax.checkpoints.stored_model import read_origin
+from slmjax.checkpoints.stored_model import LocalModel, open_local_model, read_origin
 from slmjax.cli.generating import _read_requests as read_requests
 from slmjax.convert import gguf_model, hf_directory
 from slmjax.convert.family import logical_shapes
-from slmjax.data import provenance
+from slmjax.convert.gguf.tokenizer import tokenizer_metadata
+from slmjax.convert.model_card import write_card
+from slmjax.convert.source import code_notes
+from slmjax.data import packing, provenance
 from slmjax.data.chat import render_chat
 from slmjax.data.conventions import read_conventions
 from slmjax.data.records import read_records
@@ -43,11 +47,12 @@ from slmjax.models.definition import define
 from slmjax.runner.resume import is_complete
 from slmjax.studies.study import read_members
 from slmjax.telemetry.report import list_runs, write_comparison, write_report
-from slmjax.telemetry.run_directory import RunDirectory, read_log
+from slmjax.telemetry.run_directory import RunDirectory, read_log, sessions
 from slmjax.training.experiment import read_experiment
 from tests import sound_files, tiny
 from tests.mutations import (
     Mutation,
+    byte_mutation,
     gguf_mutation,
     json_lines_mutation,
     json_mutation,
@@ -288,6 +293,32 @@ def _list(directory: Path) -> None:
     assert len(list_runs(directory.parent)) > 0
 
 
+@functools.cache
+def _model() -> LocalModel:
+    """An imported model, whose files may be deleted once it is open: a card needs its shapes."""
+    with tempfile.TemporaryDirectory() as directory:
+        sound_files.write_imported(Path(directory))
+        return open_local_model(Path(directory))
+
+
+def _write_card(directory: Path) -> None:
+    model = dataclasses.replace(_model(), path=directory, step=60)
+    write_card(model, directory.parent / "model_card.md", title="a", family="llama")
+    list(code_notes(model))
+
+
+def _read_settings_and_card(directory: Path) -> None:
+    _read_settings(directory)
+    provenance.read_record(directory)
+    _write_card(directory)
+
+
+def _export_tokenizer(directory: Path) -> None:
+    loaded = Tokenizer.load(directory / "tokenizer")
+    metadata = tokenizer_metadata(directory / "tokenizer", adds_bos=loaded.adds_bos, num_rows=1000)
+    list(gguf_model.tokenizer_notes(directory / "tokenizer", metadata, num_layers=2))
+
+
 def _corrected(content: bytes) -> bytes:
     """Return a manifest of shards with the checksum of its damaged body."""
     try:
@@ -316,9 +347,11 @@ def _of_run(file: str, use: str, read: Callable[[Path], Any], **more: Any) -> Ki
     return Kind(name=f"{file} of a run, {use}", file=file, sample=sound_files.write_run, read=read, **more)
 
 
-def _of_imported(file: str, read: Callable[[Path], Any], mutate: Mutation = json_mutation) -> Kind:
+def _of_imported(
+    file: str, read: Callable[[Path], Any], mutate: Mutation = json_mutation, *, name: str = "alone"
+) -> Kind:
     return Kind(
-        name=f"{file} of an imported model",
+        name=f"{file} of an imported model, {name}",
         file=file,
         sample=sound_files.write_imported,
         read=read,
@@ -368,8 +401,25 @@ KINDS: tuple[Kind, ...] = (
         read=_read_manifest,
         finish=_signed,
     ),
+    *(
+        _of_run(file, "in a model card", _write_card)
+        for file in ("config.json", "data.json", "environment.json", "result.json")
+    ),
+    _of_run("log.jsonl", "for its sessions", sessions, mutate=json_lines_mutation),
+    *(
+        _of_run(f"tokenizer/{file}", "to export", _export_tokenizer)
+        for file in ("tokenizer.json", "tokenizer_config.json")
+    ),
+    Kind(
+        name="rows of a split",
+        file="rows.npz",
+        sample=sound_files.write_rows,
+        read=lambda path: packing._load(path / "rows.npz", sequence_length=8),
+        mutate=byte_mutation,
+    ),
     # Models.
     _of_imported("origin.json", read_origin),
+    _of_imported("origin.json", _read_settings_and_card, name="to export"),
     _of_imported("weights/formats.json", _read_imported),
     _of_imported("weights/model.safetensors", _read_imported, safetensors_mutation),
     Kind(

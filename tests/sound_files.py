@@ -18,6 +18,7 @@ from slmjax.checkpoints.stored_model import open_local_model
 from slmjax.config import to_json
 from slmjax.convert import gguf_model, hf_directory
 from slmjax.convert.family import logical_shapes
+from slmjax.data import packing
 from slmjax.data.shards import ShardWriter
 from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 from slmjax.formats.presets import preset
@@ -116,7 +117,25 @@ def write_run(directory: Path) -> None:
 
 def _write_log(path: Path) -> None:
     records: list[dict[str, Any]] = [
-        {"kind": "message", "time": 1.5, "level": "WARNING", "text": "prepared text.txt"}
+        {"kind": "message", "time": 1.5, "level": "WARNING", "text": "prepared text.txt"},
+        {
+            "kind": "session",
+            "time": 2.0,
+            "number": 1,
+            "first_step": 1,
+            "seconds": 0.5,
+            "changes": {},
+            "environment": {},
+        },
+        {
+            "kind": "session",
+            "time": 2.2,
+            "number": 2,
+            "first_step": 1,
+            "seconds": 0.5,
+            "changes": {"optim.lr": [0.001, 0.002]},
+            "environment": {"packages.jax": ["0.10.1", "0.10.2"]},
+        },
     ]
     for step in range(1, 61, 6):
         train = {"kind": "train", "time": 2.5 + step, "step": step, "loss": 5.0 - step / 60, "grad_norm": 0.9}
@@ -245,6 +264,21 @@ def write_members(directory: Path) -> None:
         for arm in study().arms
     ]
     write_lines(directory, "members.jsonl", lines)
+
+
+def write_rows(directory: Path) -> None:
+    """Write the rows of packed text."""
+    rows = np.arange(4, dtype=np.int32)
+    plan = packing.RowPlan(
+        sequence_length=8,
+        overlap=0,
+        row_starts=rows.astype(np.int64),
+        documents=rows,
+        starts=rows,
+        lengths=rows,
+        contexts=rows,
+    )
+    packing._save(plan, directory / "rows.npz")
 
 
 def write_lines(directory: Path, file: str, records: list[Any]) -> None:

@@ -33,7 +33,7 @@ def _check(parent: Path, seeds: range, *, families: int | None) -> collections.C
 
 def test_damage_is_refused_by_name(tmp_path: Path) -> None:
     # A family's sample takes longer to write than damage to it to read.
-    outcomes = _check(tmp_path, range(7), families=2)
+    outcomes = _check(tmp_path, range(6), families=2)
     assert outcomes.total() >= 300
     # Neither is all damage refused, nor none: the samples are read, and the damage reaches what is read.
     assert min(outcomes[Outcome.READ], outcomes[Outcome.REFUSED]) > outcomes.total() / 5

@@ -5,7 +5,6 @@ the families map the rest.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -328,7 +327,7 @@ def tokenizer_notes(directory: Path, metadata: Mapping[str, Any], *, num_layers:
             "--chat-template"
         )
     # `general.name` among the keys means that llama.cpp strips the same spaces (`stripped_spaces.py`).
-    added = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    added = Tokenizer.load(directory).specification["added_tokens"]
     if "general.name" not in metadata and (tokens := stripping_tokens(added)):
         yield (
             f"{len(tokens)} special tokens, {tokens[0]} first, strip spaces next to them, which GGUF cannot "

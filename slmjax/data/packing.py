@@ -411,5 +411,6 @@ def _load(path: Path, *, sequence_length: int) -> RowPlan | None:
             return RowPlan(
                 sequence_length=sequence_length, overlap=0, **{name: archive[name] for name in _SAVED}
             )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    # RuntimeError: a flipped bit of the header says that the archive is encrypted or compressed otherwise.
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
         return None

@@ -96,13 +96,15 @@ def read_record(directory: Path) -> Record | None:
 
 def _checked(value: Any, name: str) -> Record:
     record = check_list(value, {"source": str, **_COUNTS}, optional=_ADDED, name=name, remedy=_REMEDY)
+    sizes = {**_COUNTS, "tokens": int}
     for entry in record:
+        # Sources are recognised by the sum of both sides, of which the second may be empty.
+        if HELDOUT in entry:
+            check_object(entry, sizes, name=name, remedy=_REMEDY)
         if entry.get(HELDOUT) is not None:
-            sizes = {**_COUNTS, "tokens": int}
             check_object(entry[HELDOUT], sizes, name=f"{HELDOUT} of {name}", remedy=_REMEDY)
-            # The text is looked for by the last two, in the cache of prepared text.
-            known = {"tokens": int, "tokenizer": str, "shards": str}
-            check_object(entry, known, name=name, remedy=_REMEDY)
+            # The text is looked for by these, in the cache of prepared text.
+            check_object(entry, {"tokenizer": str, "shards": str}, name=name, remedy=_REMEDY)
     return record
 
 
@@ -112,15 +114,22 @@ def read_settings(directory: Path) -> dict[str, Any]:
     Raises:
       ValueError: it is damaged.
     """
-    parts: dict[str, type] = {"data": dict, "eval": dict}
     remedy = "restore it from a backup"
+    name = str(directory / "config.json")
     if (directory / "config.json").is_file():
-        return read_object(directory / "config.json", optional=parts, remedy=remedy)
-    origin = directory / "origin.json"
-    if not origin.is_file():
+        experiment = read_object(directory / "config.json", remedy=remedy)
+    elif (origin := directory / "origin.json").is_file():
+        name = f"experiment of {origin}"
+        experiment = read_object(origin, optional={"experiment": dict}, remedy=remedy).get("experiment")
+    else:
+        experiment = None
+    if experiment is None:
         return {}
-    experiment = read_object(origin, optional={"experiment": dict}, remedy=remedy).get("experiment") or {}
-    return check_object(experiment, optional=parts, name=f"experiment of {origin}", remedy=remedy)
+    check_object(experiment, optional={"data": dict, "eval": dict}, name=name, remedy=remedy)
+    # Evaluations of the model have the run's own settings.
+    evaluation = {"overlap": int, "score": str}
+    check_object(experiment.get("eval") or {}, optional=evaluation, name=f"eval of {name}", remedy=remedy)
+    return {part: settings for part, settings in experiment.items() if settings is not None}
 
 
 # Then and now -----------------------------------------------------------------------------------------------

@@ -343,7 +343,11 @@ def data_or_own(loaded: Loaded, data: DataConfig | None) -> DataConfig:
 
 def scored_text(loaded: Loaded) -> ScoredText:
     """Return the text that evaluations of the model's run score; the default is what training scores."""
-    return ScoredText(_experiment_of(loaded).get("eval", {}).get("score", ScoredText.COMPLETIONS.value))
+    score = _experiment_of(loaded).get("eval", {}).get("score", ScoredText.COMPLETIONS.value)
+    try:
+        return ScoredText(score)
+    except ValueError as error:
+        raise ValueError(f"{loaded.path}: eval.score of its settings is unknown ({error})") from error
 
 
 def documents_of(

@@ -21,6 +21,8 @@ from tokenizers import AddedToken, decoders, models, normalizers
 
 from slmjax.convert.gguf.pre_tokenizers import byte_level_steps, pre_tokenization_name, pre_tokenization_of
 from slmjax.convert.gguf.stripped_spaces import name_for, stripping_tokens, strips_after, strips_before
+from slmjax.data.conventions import read_conventions
+from slmjax.stored_json import read_object
 
 # tokenizer.ggml.token_type
 NORMAL = 1
@@ -310,31 +312,26 @@ def _read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     In the latter, special tokens are plain names, and there is one chat template or None.
     """
-    file, config_file, template_file = (
-        directory / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    )
+    file = directory / "tokenizer.json"
+    config_file = directory / "tokenizer_config.json"
     if not file.is_file():
         raise ValueError(f"there is no {file}: only a tokenizer.json can be written to GGUF")
     try:
         # The library reads older layouts, in which merges are strings, and writes the current one.
         specification = json.loads(tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8")).to_str())
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(
-            f"{directory} has a damaged tokenizer.json or tokenizer_config.json: {error}"
-        ) from error
-    names = {f"{role}_token": config.get(f"{role}_token") for role in _ROLES}
-    # transformers writes special tokens as objects with flags, or as plain names.
-    plain = {key: value["content"] if isinstance(value, dict) else value for key, value in names.items()}
-    plain["unk_token"] = plain["unk_token"] or specification["model"].get("unk_token")
-    template = config.get("chat_template")
-    # Older models have several named templates, such as one for tools.
-    if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    # Newer releases of transformers write the template to a file of its own, which takes precedence.
-    if template_file.is_file():
-        template = template_file.read_text(encoding="utf-8")
-    return specification, {**config, **plain, "chat_template": template}
+        raise ValueError(f"{file} is damaged: {error}") from error
+    conventions = read_conventions(directory)
+    config = read_object(config_file, remedy="repair it") if config_file.is_file() else {}
+    # What the file does not say is not guessed here.
+    names = {f"{role}_token": getattr(conventions, role) for role in _ROLES}
+    names["unk_token"] = names["unk_token"] or specification["model"].get("unk_token")
+    return specification, {
+        **names,
+        "end_tokens": conventions.ends,
+        "add_eos_token": config.get("add_eos_token"),
+        "chat_template": conventions.chat_template,
+    }
 
 
 def _byte_level_keys(specification: dict[str, Any]) -> dict[str, Any]:
