@@ -33,7 +33,7 @@ def specification(run: RunRecords, result: dict[str, Any]) -> dict[str, Any]:
         {"step": record["step"], "bits": record["bits_per_byte"]} for record in run.evals
     ]  # the last is on all of the text
     last = {**points[-1], "name": f"{result['bits_per_byte']:.2f}"}
-    sizes = f"{result['parameters'] / 1e6:.1f}M parameters, {result['tokens'] / 1e6:.2f}M tokens"
+    sizes = f"{result['parameters'] / 1e6:.1f}M parameters, {result['run_tokens'] / 1e6:.2f}M tokens"
     colour = {
         "field": "series",
         "type": "nominal",

@@ -11,7 +11,8 @@ from slmjax.data.lost_text import lost_note
 from slmjax.formats.presets import name_of
 from slmjax.models import zoo
 from slmjax.stored_json import read_object
-from slmjax.telemetry.run_directory import read_result
+from slmjax.telemetry.report.settings import History, changed_settings
+from slmjax.telemetry.run_directory import read_result, sessions
 
 TO_FILL_IN = "to be filled in"
 
@@ -116,7 +117,14 @@ def _training_rows(local_model: LocalModel) -> list[tuple[str, str]]:
             ", ".join(f"{name} {version}" for name, version in (environment.get("packages") or {}).items())
             or "unknown",
         ),
+        *_changes(local_model.path, experiment),
     ]
+
+
+def _changes(path: Path, experiment: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield a row for each setting that a resumed session of a run changed: the rows above have the last."""
+    for name, values in changed_settings(experiment, sessions(path)).items():
+        yield f"{name}, changed", History(tuple(values)).text()
 
 
 def _quality_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
