@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -169,26 +170,13 @@ Row = tuple[str, str, str]
 
 
 def _print_results(results: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from slmjax.telemetry.columns import print_columns
 
     step = f", step {results['step']:,}" if results["step"] else ""  # none for an imported model
-    table = Table()
-    table.add_column("metric", overflow="fold")
-    table.add_column("value", justify="right")
-    table.add_column("")
-    for rows in (
-        _text_rows(results),
-        _choice_rows(results),
-        _lm_eval_rows(results),
-        _efficiency_rows(results),
-    ):
-        for row in rows:
-            table.add_row(*row)
-        table.add_section()
-    console = Console(highlight=False)
-    console.print(f"{results['run_dir']}{step}", soft_wrap=True)  # do not break the path
-    console.print(table)
+    kinds = (_text_rows, _choice_rows, _lm_eval_rows, _efficiency_rows)
+    rows = [row for rows_of in kinds for row in rows_of(results)]
+    print(f"{results['run_dir']}{step}")
+    print_columns(("metric", "value", ""), rows, right=(1,))
 
 
 def _text_rows(results: Mapping[str, Any]) -> Iterator[Row]:
@@ -269,7 +257,9 @@ def _efficiency_rows(results: Mapping[str, Any]) -> Iterator[Row]:
         f"{1e3 * result['time_to_first_token']:,.1f} ms",
         f"prompt of {result['prompt_tokens']:,} tokens",
     )
-    yield "decoding", f"{result['decode_tokens_per_second']:,.0f} tokens/s", "one sequence"
+    speed = result["decode_tokens_per_second"]
+    is_measured = not math.isnan(speed)
+    yield "decoding", f"{speed:,.0f} tokens/s" if is_measured else "too short to measure", "one sequence"
     yield "peak memory", f"{result['peak_memory_bytes'] / 1e6:,.0f} MB", ""
     if (energy := result["energy_joules_per_token"]) is not None:
         yield "energy", f"{energy:.3g} J/token", "from codecarbon, which estimates what it cannot measure"

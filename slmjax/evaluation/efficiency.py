@@ -42,7 +42,7 @@ class Efficiency:
     cache_bytes: int  # decoding state of a full context
     prompt_tokens: int  # of the prompt that is timed
     time_to_first_token: float  # seconds, median
-    decode_tokens_per_second: float  # after the first, median
+    decode_tokens_per_second: float  # after the first, median; NaN if it is too short to measure
     peak_memory_bytes: int  # of the device; of the whole process on a CPU
     energy_joules_per_token: float | None  # of decoding, by codecarbon; None if not measured
 
@@ -96,6 +96,8 @@ def measure_efficiency(
     sizes: dict[str, int] = {}
     for leaf in loaded.params.values():
         sizes[leaf.dtype.name] = sizes.get(leaf.dtype.name, 0) + leaf.size * leaf.dtype.itemsize
+    # Tiny models take less time for a token than the measurement varies by: then there is no speed.
+    decoding = total - first if new_tokens > 1 and total > first else math.nan
     return Efficiency(
         parameters=costs.parameters,
         active_parameters=costs.active_parameters,
@@ -108,7 +110,7 @@ def measure_efficiency(
         prompt_tokens=length,
         time_to_first_token=first,
         # The first token is part of the prompt's time, and is subtracted from both.
-        decode_tokens_per_second=(new_tokens - 1) / max(total - first, 1e-9) if new_tokens > 1 else math.nan,
+        decode_tokens_per_second=(new_tokens - 1) / decoding,
         peak_memory_bytes=_peak_memory(),
         energy_joules_per_token=None
         if tracker is None

@@ -189,7 +189,7 @@ def test_eval_of_another_text(trained, workplace, run_command, tmp_path):
         and "961 tokens of 1 documents" in done.stdout
         and f"{48 * 20} bytes" in done.stdout
     )
-    assert re.search(r"bits per byte +│ +[\d.]+ ", done.stdout), done.stdout
+    assert re.search(r"bits per byte +[\d.]+ ", done.stdout), done.stdout
 
 
 @pytest.mark.smoke

@@ -348,7 +348,10 @@ def test_efficiency(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
         == found.cache_bytes_per_token * 64
     )
     assert found.training_flops_per_token == 3 * found.forward_flops_per_token
-    assert found.time_to_first_token > 0 and found.decode_tokens_per_second > 1 and found.prompt_tokens == 32
+    assert found.time_to_first_token > 0 and found.prompt_tokens == 32
+    # NaN where so tiny a model takes less time for its tokens than the measurement varies by.
+    speed = found.decode_tokens_per_second
+    assert math.isnan(speed) or 1 < speed < 1e7
     assert found.peak_memory_bytes > 1e8 and 0 < (found.energy_joules_per_token or 0) < 1e4
     with pytest.raises(ValueError, match="prompt_tokens=63 must be from 1 to 62"):
         evaluation.measure_efficiency(loaded, prompt_tokens=63)
