@@ -12,7 +12,6 @@ the same texts alone. The directory is deleted when the shards are complete.
 
 import dataclasses
 import logging
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +50,9 @@ class Parts:
             with np.load(path, allow_pickle=False) as arrays:
                 part = {name: arrays[name] for name in arrays.files}
             return _batch(part) if str(part["digest"]) == digest else None
-        # A damaged part only costs the time to make it again. The archive has a checksum of each array.
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        # A damaged part only costs the time to make it again. The archive has a checksum of each array, and
+        # numpy and zipfile raise errors of many kinds.
+        except Exception as error:
             log.warning("%s is damaged (%s), and is made again", path, error)
             return None
 

@@ -26,7 +26,7 @@ from slmjax.data.preparation import Prepared, prepare
 from slmjax.data.shards import TokenShards
 from slmjax.data.splitting import HELDOUT, SplitRule
 from slmjax.data.tokenizers import TokenizerConfig
-from slmjax.stored_json import check_list, check_object, read_json, read_object
+from slmjax.stored_json import DamagedFile, check_list, check_object, read_json, read_object
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,9 @@ def _checked(value: Any, name: str) -> Record:
         # Sources are recognised by the sum of both sides, of which the second may be empty.
         if HELDOUT in entry:
             check_object(entry, sizes, name=name, remedy=_REMEDY)
+        rules = [rule.value for rule in SplitRule]
+        if entry.get("split", rules[0]) not in rules:
+            raise DamagedFile(f"{name} has split {entry['split']!r}, none of {rules}: {_REMEDY}")
         if entry.get(HELDOUT) is not None:
             check_object(entry[HELDOUT], sizes, name=f"{HELDOUT} of {name}", remedy=_REMEDY)
             # The text is looked for by these, in the cache of prepared text.

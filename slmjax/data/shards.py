@@ -31,7 +31,7 @@ from slmjax.config import ConfigError, added_field, from_json, to_json
 from slmjax.data.documents import BadCounts
 from slmjax.data.lost_text import LostText
 from slmjax.data.scored import ScoredTokens, edges_of
-from slmjax.stored_json import check_object, read_object
+from slmjax.stored_json import DamagedFile, check_object, read_object
 
 FORMAT_VERSION = 2
 RECORD_TOKENS = 16_384
@@ -42,6 +42,10 @@ _CACHED_RECORDS = 256  # up to 16 MiB of decoded ids in one TokenShards
 _INDEX = ("lengths", "num_bytes", "scored_bytes", "edge_documents", "edges")  # arrays of index.npz
 _WAY_OUT = (
     "Delete the directory and run `slmjax data prepare` (or the training) again, which writes it again."
+)
+_WAY_OUT_IN_USE = (
+    "Delete the directory, and continue the run with `slmjax train --resume RUN`, which prepares the data "
+    "again; the checkpoints of the run are not affected."
 )
 
 
@@ -355,11 +359,21 @@ class TokenShards:
                 self._cache.move_to_end(record)
                 return self._cache[record]
         file = int(np.searchsorted(self._first_of_file, record, side="right")) - 1
-        raw = self._reader(file).read([record - int(self._first_of_file[file])])[0]
-        ids = np.frombuffer(raw, id_dtype(self.manifest.vocab_size))
-        name = self.directory / self.manifest.token_files[file].name
+        path = self.directory / self.manifest.token_files[file].name
+        in_use = f"was damaged or replaced while it was in use. {_WAY_OUT_IN_USE}"
+        try:
+            raw = self._reader(file, path).read([record - int(self._first_of_file[file])])[0]
+        except DamagedFile:
+            raise
+        except Exception as error:  # the library raises errors of several kinds
+            raise DamagedFile(f"{path} cannot be read ({error}): it {in_use}") from error
+        dtype = id_dtype(self.manifest.vocab_size)
+        # The library has checksums, but another file in its place has good ones.
+        if len(raw) != self._record_size(record) * dtype.itemsize:
+            raise DamagedFile(f"{path} has another record: it {in_use}")
+        ids = np.frombuffer(raw, dtype)
         # An id outside the vocabulary would index past the embedding without an error.
-        _check_range(int(ids.min()), int(ids.max()), self.manifest.vocab_size, name)
+        _check_range(int(ids.min()), int(ids.max()), self.manifest.vocab_size, path)
         with self._lock:
             # Windows of a long document read the same records one after another.
             self._cache[record] = ids
@@ -367,14 +381,22 @@ class TokenShards:
                 self._cache.popitem(last=False)
         return ids
 
-    def _reader(self, file: int) -> Any:
+    def _record_size(self, record: int) -> int:
+        """Return the number of ids of a record."""
+        document = int(np.searchsorted(self._first_record, record, side="right")) - 1
+        start = (record - int(self._first_record[document])) * self.manifest.record_tokens
+        return min(self.manifest.record_tokens, int(self.lengths[document]) - start)
+
+    def _reader(self, file: int, path: Path) -> Any:
         with self._lock:
             if file not in self._readers:
-                path = str(self.directory / self.manifest.token_files[file].name)
+                # It was verified when the directory was opened, which may be long ago. It is hashed again
+                # only if it was changed since.
+                _verify_file(path, self.manifest.token_files[file])
                 # No read-ahead, since access is random. Its reads are thread-safe: one reader serves all
                 # threads.
                 self._readers[file] = ArrayRecordReader(
-                    path, "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768
+                    str(path), "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768
                 )
             return self._readers[file]
 
@@ -410,10 +432,10 @@ _verified: dict[tuple[str, int, int], str] = {}
 
 def _verify_file(path: Path, expected: ShardFile) -> None:
     if not path.exists():
-        raise ValueError(f"{path} is missing. {_WAY_OUT}")
+        raise DamagedFile(f"{path} is missing. {_WAY_OUT}")
     status = path.stat()
     if status.st_size != expected.num_bytes:
-        raise ValueError(
+        raise DamagedFile(
             f"{path} has {status.st_size} bytes, not {expected.num_bytes}: it was cut short or changed. "
             f"{_WAY_OUT}"
         )
@@ -421,7 +443,7 @@ def _verify_file(path: Path, expected: ShardFile) -> None:
     if key not in _verified:
         _verified[key] = file_sha256(path)
     if _verified[key] != expected.sha256:
-        raise ValueError(f"{path} is damaged: its checksum is not the one in the manifest. {_WAY_OUT}")
+        raise DamagedFile(f"{path} is damaged: its checksum is not the one in the manifest. {_WAY_OUT}")
 
 
 def _read_manifest(directory: Path) -> ShardManifest:

@@ -309,6 +309,6 @@ def test_options_of_an_evaluation_default_to_the_run_s_and_not_to_its_teacher_s(
         for length in (48, 57)
     )
     with pytest.raises(SystemExit):
-        cli.main(["eval", "--teacher", str(teacher), str(run), "--help"])
+        cli.main(["eval", "--teacher", str(teacher), str(run), "--help", "all"])
     shown = capsys.readouterr().out
     assert "(default: 57)" in shown and "(default: 48)" not in shown

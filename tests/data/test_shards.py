@@ -252,6 +252,44 @@ def test_files_are_verified_once(damaged: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(hashed) == 3
 
 
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "deleted", "other"])
+def test_damage_while_it_is_in_use(
+    damage: str, is_open: bool, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never other ids: an error that names the file and says how the run is continued."""
+    monkeypatch.setattr("slmjax.data.shards._CACHED_RECORDS", 0)
+    shards = TokenShards.open(damaged)
+    if is_open:
+        shards.tokens(0)
+    path = damaged / "tokens-00000.array_record"
+    raw = bytearray(path.read_bytes())
+    if damage == "deleted":
+        path.unlink()
+    elif damage == "other":  # sound, and of other documents
+        other = write(tmp_path / "other", documents((7, 6, 9, 8, 11, 2, 2, 2, 2)))
+        path.write_bytes((other.directory / path.name).read_bytes())
+    else:
+        # In place, as a failing disk does: the open file has the damage, too.
+        with path.open("r+b") as stream:
+            if damage == "flipped":
+                stream.seek(len(raw) // 2)
+                stream.write(bytes([raw[len(raw) // 2] ^ 1]))
+            else:
+                stream.truncate(0 if damage == "empty" else len(raw) // 2)
+    contents = documents()
+    errors = []
+    for document, tokens in enumerate(contents):
+        try:
+            assert np.array_equal(shards.tokens(document), tokens)
+        except ValueError as error:
+            errors.append(str(error))
+    if damage == "deleted" and is_open:  # the open file is still there
+        assert not errors
+        return
+    assert errors and all(str(path) in error and "Delete the directory" in error for error in errors)
+
+
 def test_ids_without_text(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, tokenizer_hash="t", vocab_size=VOCAB) as writer:
         writer.add([0, 1], num_bytes=0)
