@@ -21,12 +21,14 @@ from slmjax.config import ConfigError, from_json, to_json
 from slmjax.convert.settings import Settings
 from slmjax.models.architecture import MOST_LAYERS, BlockConfig, ModelConfig
 from slmjax.models.definition import define, stored_shapes
+from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig
 
 Arrays = list[np.ndarray]
 Shapes = list[tuple[int, ...]]
 T = TypeVar("T")
 LARGEST_COUNT = MOST_LAYERS  # of layers or experts; more is a mistake, or an attempt to exhaust memory
+MOST_EXPERTS = 2**18  # of all layers together; the largest released models have about 2**15
 # The same count has another name in each library.
 LAYERS = ("num_hidden_layers", "n_layer", "block_count")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "expert_count")
@@ -335,7 +337,8 @@ def read_settings(
     # The values are anybody's: what they break in a reader is an error of the file, not of ours.
     try:
         model = family.read(settings)
-        for block in model.blocks():
+        # All blocks of a stack are in its patterns; there may be thousands of layers.
+        for block in dict.fromkeys(block for group in model.stack for block in group.pattern):
             if isinstance(block.mixer, AttentionConfig):
                 check_rotation(block.mixer, model)
         # Dataclasses take values of any type: reading the model as from a file checks all of them.
@@ -347,6 +350,13 @@ def read_settings(
         raise ConfigError(f"{where}: {error}") from error
     except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
         raise ConfigError(f"{where} does not describe a valid {family.architecture}: {error}") from error
+    # Each expert of each layer has tensors with names of their own.
+    num_experts = sum(block.ffn.num_experts for block in model.blocks() if isinstance(block.ffn, MoeConfig))
+    if num_experts > MOST_EXPERTS:
+        raise ConfigError(
+            f"{where}: its layers have {num_experts:,} experts together: at most {MOST_EXPERTS:,} are "
+            "supported"
+        )
     settings.finish()
     if notes is not None:
         notes += settings.notes

@@ -269,22 +269,34 @@ def stack_of(blocks: Sequence[BlockConfig]) -> tuple[LayerGroup, ...]:
     # Blocks as small integers: comparing dataclasses takes long.
     kinds = {block: kind for kind, block in enumerate(dict.fromkeys(blocks))}
     row = [kinds[block] for block in blocks]
-    # Dynamic programming. cheapest[n]: for the first n layers the number of blocks, of groups, and the
-    # groups.
-    cheapest: list[tuple[int, int, tuple[LayerGroup, ...]]] = [(0, 0, ())]
+    # Dynamic programming over ends, in steps that do not grow with the number of repeats. Costs are the
+    # blocks to compile, and the groups.
+    cheapest: list[tuple[int, int]] = [(0, 0)]  # of the first n layers
+    last_groups: list[tuple[int, int]] = [
+        (0, 0)
+    ]  # (start, size of the pattern) of the last group of the first n
+    # Of the last group with this end and size: the cheapest cost of what comes before it, and its start.
+    befores: dict[tuple[int, int], tuple[tuple[int, int], int]] = {}
     for end in range(1, len(blocks) + 1):
         options = []
-        # The last group has a pattern of `size` blocks, and each number of repeats that the layers allow.
         for size in range(1, min(LONGEST_PATTERN, end) + 1):
-            pattern = row[end - size : end]
             start = end - size
-            while True:
-                cost, count, before = cheapest[start]
-                group = LayerGroup(pattern=tuple(blocks[end - size : end]), repeats=(end - start) // size)
-                options.append((cost + size, count + 1, (*before, group)))
-                start -= size
-                if start < 0 or row[start : start + size] != pattern:
-                    break
-        # Fewer compiled blocks first, then fewer groups; the groups themselves have no order.
-        cheapest.append(min(options, key=lambda option: option[:2]))
-    return cheapest[-1][2]
+            before = cheapest[start], start
+            # The group may also have the repeats that end here before its last one.
+            if start >= size and row[start - size : start] == row[start:end]:
+                longer = befores[start, size]
+                before = longer if longer[0] < before[0] else before
+            befores[end, size] = before
+            (num_blocks, num_groups), start = before
+            options.append(((num_blocks + size, num_groups + 1), start, size))
+        # Fewer compiled blocks first, then fewer groups.
+        cost, start, size = min(options, key=lambda option: option[0])
+        cheapest.append(cost)
+        last_groups.append((start, size))
+    groups = []
+    end = len(blocks)
+    while end:
+        start, size = last_groups[end]
+        groups.append(LayerGroup(pattern=tuple(blocks[end - size : end]), repeats=(end - start) // size))
+        end = start
+    return tuple(reversed(groups))

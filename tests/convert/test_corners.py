@@ -3,6 +3,7 @@ not fit, licences.
 """
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ def test_absent_keys_mean_what_each_familys_library_means() -> None:
 def test_damaged_settings_name_the_file(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_without("llama", **values)
+
+
+def test_the_largest_settings_are_read_or_refused_quickly() -> None:
+    """Time grows with the layers alone, whatever repeats in them; experts are counted over all layers."""
+    started = time.process_time()
+    model = read_without("llama", num_hidden_layers=4096)
+    assert [(len(group.pattern), group.repeats) for group in model.stack] == [(1, 4096)]
+    with pytest.raises(ValueError, match="16,777,216 experts together: at most 262,144"):
+        read_without("mixtral", num_hidden_layers=4096, num_local_experts=4096)
+    assert time.process_time() - started < 10
 
 
 def test_which_file_a_tensor_is_read_from(tmp_path: Path) -> None:
