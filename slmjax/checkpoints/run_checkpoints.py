@@ -188,9 +188,7 @@ class Checkpointer:
             if jax.process_index() == 0:
                 write_manifest(save.temporary, step=save.step, skipped_in_a_row=save.skipped_in_a_row)
                 self._last_size = size_of(save.temporary)
-                # What has this name already is foreign, or was damaged: it is not overwritten.
-                if save.path.exists() and not (save.path.is_dir() and not any(save.path.iterdir())):
-                    self._set_aside(save.path)
+                self._make_way(save)
                 save.temporary.replace(save.path)
         except Exception as error:  # of any class: this is a thread, and the run continues without the save
             self._give_up(save.step, error)
@@ -206,6 +204,14 @@ class Checkpointer:
                 "checkpoint %d is saved, but older ones were not removed: %s", save.step, reason_of(error)
             )
         return ""
+
+    def _make_way(self, save: "_Save") -> None:
+        """Move what has the name of a complete save already: it is foreign, or was damaged."""
+        if save.diverged:
+            # The run diverged at the same step again, and keeps its latest state.
+            _remove(save.path)
+        elif save.path.exists() and not (save.path.is_dir() and not any(save.path.iterdir())):
+            self._set_aside(save.path)
 
     def _prune(self, save: "_Save") -> None:
         """Delete checkpoints that are no longer needed; called once a new one is complete."""
@@ -502,7 +508,7 @@ class _Save:
 
 
 def _remove(path: Path) -> None:
-    """Delete a file or a directory, as far as that is possible: nothing depends on it."""
+    """Delete a file or a directory, if there is one, as far as that is possible: nothing depends on it."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
         return
