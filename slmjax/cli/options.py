@@ -5,6 +5,7 @@ options. Comments above the fields of these dataclasses are the help texts.
 """
 
 import contextlib
+import io
 import json
 import os
 import select
@@ -145,11 +146,14 @@ def checked_output() -> Iterator[None]:
     """Write all that is printed within, and end the command if it cannot be written.
 
     A reader that has closed its pipe, as `head` does, ends the command without a message. A full disk is an
-    error.
+    error. Characters that the output's encoding lacks are escaped.
 
     Raises:
       SystemExit: with `CLOSED_PIPE_STATUS`, or with 2 for a full disk.
     """
+    # As Python does for standard error: a name of a file or a dash must not end a command.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except BrokenPipeError:

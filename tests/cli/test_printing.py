@@ -29,6 +29,14 @@ def test_a_reader_that_stops_ends_the_command_without_a_message(words, user_envi
     os.close(pipe)
 
 
+def test_characters_that_the_output_lacks_are_escaped(user_environment, tmp_path):
+    write_run(tmp_path / "käse", finished=False)
+    command = [sys.executable, "-m", "slmjax", "runs", str(tmp_path)]
+    environment = {**user_environment, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "k\\xe4se" in done.stdout, done.stderr
+
+
 # Tables -----------------------------------------------------------------------------------------------------
 HEAD = ("name", "a", "b", "c", "d", "e", "f")
 

@@ -171,6 +171,16 @@ def test_long_runs_are_thinned_to_their_last_record() -> None:
     assert steps[0] == 1 and steps[-1] == 12_345 and POINTS / 2 < len(steps) <= POINTS + 1
 
 
+def test_more_series_than_colours_have_other_dashes() -> None:
+    series = {f"run {index}": [{"step": 1, "loss": 1.0}] for index in range(9)}
+    chart = lines("loss", "Loss", "", series, "loss")
+    assert chart is not None and chart.labels == tuple(series)
+    dashes = chart.spec["layer"][0]["encoding"]["strokeDash"]["scale"]["range"]
+    assert dashes == [[1, 0]] * 7 + [[6, 3]] * 2
+    few = lines("loss", "Loss", "", dict(list(series.items())[:7]), "loss")
+    assert few is not None and "encoding" not in few.spec["layer"][0]
+
+
 @pytest.mark.parametrize("logged", [False, True])
 def test_a_run_that_has_just_begun(tmp_path: Path, logged: bool) -> None:
     run = write_run(tmp_path / "young", finished=False)
@@ -307,6 +317,8 @@ const timer = setInterval(() => {{
     width: frame.contentWindow.innerWidth,
     svgs: root.querySelectorAll(".canvas svg").length,
     canvases: JSON.stringify(places.map(one => [one.left, one.top, one.right, one.bottom].map(Math.round))),
+    narrowest: Math.min(...Array.from(root.querySelectorAll("td > div"), cell => cell.clientWidth)),
+    cut: Array.from(root.querySelectorAll(".legend")).filter(box => box.scrollWidth > box.clientWidth).length,
   }});
 }}, 20);
 </script>
@@ -436,10 +448,12 @@ def unfiltered(kind: int, row: np.ndarray, above: np.ndarray) -> np.ndarray:
 
 def test_a_comparison_in_a_browser(browser: str, run_dir: Path, tmp_path: Path) -> None:
     """In a narrow frame, and by itself in a window, as people open it."""
-    page = write_comparison(
-        [run_dir, write_run(tmp_path / "other", lr=3e-3, finished=False)], tmp_path / "page.html"
-    )
+    names = [f"an-experiment-20261201-0810{number}-1a2b3c" for number in (48, 49)]
+    others = [write_run(tmp_path / name, lr=3e-3, finished=False) for name in names]
+    page = write_comparison([run_dir, *others], tmp_path / "page.html")
     actual, _ = look_in_frame(browser, page, tmp_path, theme="light", width=390, height=1000)
     assert (actual["width"], actual["svgs"], actual["overflow"]) == ("390", "7", "0")
+    # Cells are wider than a few letters, and legends are complete.
+    assert int(actual["narrowest"]) > 150 and actual["cut"] == "0"
     dom = without_scripts(look(browser, page, "--window-size=1400,1000"))
     assert 'data-overflow="0"' in dom and dom.count("<svg") == 7
