@@ -272,9 +272,8 @@ def stack_of(blocks: Sequence[BlockConfig]) -> tuple[LayerGroup, ...]:
     # Dynamic programming over ends, in steps that do not grow with the number of repeats. Costs are the
     # blocks to compile, and the groups.
     cheapest: list[tuple[int, int]] = [(0, 0)]  # of the first n layers
-    last_groups: list[tuple[int, int]] = [
-        (0, 0)
-    ]  # (start, size of the pattern) of the last group of the first n
+    # Of the first n, the last group: its start, and the size of its pattern.
+    last_groups: list[tuple[int, int]] = [(0, 0)]
     # Of the last group with this end and size: the cheapest cost of what comes before it, and its start.
     befores: dict[tuple[int, int], tuple[tuple[int, int], int]] = {}
     for end in range(1, len(blocks) + 1):
