@@ -101,6 +101,15 @@ def _name_final_file(error: OSError, path: Path, *, temporary: Path) -> None:
         error.filename = str(path) + str(error.filename).removeprefix(str(temporary))
 
 
+def disk_problem(error: Exception | str) -> str | None:
+    """Return the reason, such as "No space left on device", if an error of any library is one of writing."""
+    if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
+        return os.strerror(error.errno)
+    # Libraries in C++ and Rust raise classes of their own, with the system's text in theirs.
+    texts = (os.strerror(number) for number in _WRITE_ERRORS)
+    return next((text for text in texts if text in str(error)), None)
+
+
 def _temporary_path(path: Path) -> Path:
     # In the same directory, since a rename is atomic only within one file system. The random part keeps apart
     # threads and processes (of several hosts, too) that write the same file.

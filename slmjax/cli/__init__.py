@@ -27,6 +27,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from slmjax import startup
+from slmjax.atomic_files import disk_problem
 from slmjax.cli.converting import export_command, import_command
 from slmjax.cli.early import check
 from slmjax.cli.evaluating import eval_command
@@ -100,7 +101,7 @@ def _main(argv: Sequence[str]) -> None:
         with StopSignals(is_command=True), MessageHandler(print_stderr), checked_output():
             check(name, arguments)
             sys.exit(COMMANDS[name](arguments))
-    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+    except Exception as error:
         message = _user_message(error)
         if message is None or os.environ.get("SLMJAX_TRACEBACK"):
             raise
@@ -126,8 +127,13 @@ _OUT_OF_MEMORY = (
 def _user_message(error: Exception) -> str | None:
     """Return the message to print instead of a traceback; None for an internal error, which needs one."""
     text = str(error)
-    if not isinstance(error, RuntimeError | MemoryError):
+    if disk_problem(error) is not None:
+        line = next(iter(text.splitlines()), "")
+        return f"{line}. Free space, or write to another disk (runs: --run.directory, caches: SLMJAX_CACHE)"
+    if isinstance(error, ValueError | OSError | ImportError):
         return text
+    if not isinstance(error, RuntimeError | MemoryError):
+        return None
     from slmjax.planning import memory
 
     if isinstance(error, memory.OutOfMemory):

@@ -300,8 +300,8 @@ class Loop:
     def save_last(self, state: TrainState, *, diverged: bool = False) -> bool:
         """Save this step and wait for it. Return whether it is on disk, to be resumed from."""
         if self.checkpointer.last_saved != self.step:
-            if dict(self.checkpointer.failures).get(self.step):
-                self._saved_step = None  # a save of this step has failed, and is tried again
+            if self.step in dict(self.checkpointer.failures):
+                self._saved_step = None  # it failed as the best of the evaluations, and is tried once more
             self.save(state, diverged=diverged)
             with self.telemetry.ledger.timed(Category.CHECKPOINT):
                 self.checkpointer.wait()
@@ -457,9 +457,6 @@ def _finish(loop: Loop, state: TrainState, status: str) -> Result:
                 if jax.process_index() == 0 and evaluation.is_all:
                     compressors = loop.unless_stopped(lambda: _compressors(loop)) or {}
                 samples = loop.sample(state)
-        # There may be room again.
-        if status == "finished" and not is_saved:
-            is_saved = loop.save_last(state)
     if not is_saved and status != "diverged":
         status = "not_saved"
         _explain_not_saved(loop)
@@ -494,12 +491,13 @@ def _explain_not_saved(loop: Loop) -> None:
     """Log what is lost because the last state could not be saved, and how to get it again."""
     last = loop.checkpointer.last_saved
     reasons = dict(loop.checkpointer.failures)
+    resume = resume_command(loop.telemetry.run.path, loop.setup.experiment)
     log.error(
-        "step %d could NOT be saved (%s): %s. Free disk space, then repeat the steps since with: %s",
+        "step %d is LOST (%s): %s. Free disk space, then repeat the steps since with: %s",
         loop.step,
-        reasons.get(loop.step, "unknown reason"),
-        "no checkpoint is left of this run" if last is None else f"the newest checkpoint is of step {last}",
-        resume_command(loop.telemetry.run.path, loop.setup.experiment),
+        reasons.get(loop.step, "its save did not end"),
+        "the run has no checkpoint" if last is None else f"the newest checkpoint is of step {last}",
+        f"{resume} --restart" if last is None else resume,
     )
 
 

@@ -225,7 +225,7 @@ class RunLog:
         line = (json.dumps(plain(record), allow_nan=False) + "\n").encode()
         try:
             end = self._stream.seek(0, os.SEEK_END)
-            faults.at("log.write", values.get("step"))
+            faults.at("log.write", values.get("step", -1))
             # A disk that fills up may take a part of a line, and the next line would be appended to it.
             if self._stream.write(line) != len(line):
                 self._stream.truncate(end)

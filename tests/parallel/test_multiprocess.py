@@ -130,13 +130,15 @@ def assert_the_same_training(run: Path, trained: subprocess.CompletedProcess[str
     np.testing.assert_allclose(result["bits_per_byte"], alone["bits_per_byte"], rtol=2e-3)
 
 
-def stopped_together(hosts: Hosts, workplace: Path, directory: str) -> tuple[Path, int]:
-    """Train in two processes until one gets SIGTERM; return the run directory and the last step."""
+def stopped_together(
+    hosts: Hosts, workplace: Path, directory: str, number: signal.Signals
+) -> tuple[Path, int]:
+    """Train in two processes until one gets a signal; return the run directory and the last step."""
     processes = hosts.start(
         f"tiny.py --run.directory {directory} --mesh.data 2 --mesh.fsdp 2", num_processes=2, num_devices=2
     )
     hosts.after_checkpoint(processes, f"{directory}/*", 10)
-    processes[1].send_signal(signal.SIGTERM)  # to one of them
+    processes[1].send_signal(number)  # to one of them
     assert hosts.finish(processes) == [INTERRUPTED_STATUS] * 2, hosts.output()
     (run,) = workplace.glob(f"{directory}/*")
     stopped = json.loads((run / "result.json").read_text())
@@ -178,6 +180,31 @@ def test_processes_with_other_settings_end_before_the_first_step(
     assert not (workplace / "apart").exists()
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("line", "signals", "status", "message"),
+    [
+        ("compiling the train step", [signal.SIGTERM], INTERRUPTED_STATUS, "before the first step"),
+        ("step  2/60", [signal.SIGTERM, signal.SIGINT], 130, "the second signal ends at once"),
+    ],
+    ids=["compiling", "second signal"],
+)
+def test_two_processes_end_at_once(
+    hosts: Hosts, line: str, signals: list[signal.Signals], status: int, message: str
+) -> None:
+    """Before the first step there is nothing to save; a second signal does not wait for the save."""
+    processes = hosts.start("tiny.py --run.directory ended --mesh.data 4", num_processes=2, num_devices=2)
+    while line not in hosts.output():
+        assert all(process.poll() is None for process in processes), hosts.output()
+        time.sleep(0.05)
+    started = time.monotonic()
+    for number in signals:
+        processes[1].send_signal(number)
+    assert hosts.finish(processes) == [status] * 2, hosts.output() + hosts.output(1)
+    assert time.monotonic() - started < 15
+    assert message in hosts.output(1) and "Traceback" not in hosts.output() + hosts.output(1)
+
+
 # The tensor axis spans the processes: both read every row.
 SPANNING = "--mesh.data 1 --mesh.fsdp 1 --mesh.tensor 4"
 
@@ -186,7 +213,7 @@ def test_two_processes_stop_together_and_resume_on_another_mesh(
     hosts: Hosts, workplace: Path, trained: subprocess.CompletedProcess[str]
 ) -> None:
     """Data order and losses are those of one process, through two meshes."""
-    run, step = stopped_together(hosts, workplace, "stopped")
+    run, step = stopped_together(hosts, workplace, "stopped", signal.SIGINT)
     status = hosts.run(f"--resume {run} {SPANNING}", num_processes=2, num_devices=2)
     assert status == [0, 0], hosts.output()
     assert hosts.resumed_after() == step
@@ -198,7 +225,7 @@ def test_two_processes_stop_together_are_killed_and_one_resumes(
     hosts: Hosts, workplace: Path, trained: subprocess.CompletedProcess[str]
 ) -> None:
     """Data order and losses are those of one process, through three meshes."""
-    run, step = stopped_together(hosts, workplace, "together")
+    run, step = stopped_together(hosts, workplace, "together", signal.SIGTERM)
     processes = hosts.start(f"--resume {run} {SPANNING}", num_processes=2, num_devices=2)
     at = (step // 10 + 1) * 10
     hosts.after_checkpoint(processes, str(run.relative_to(workplace)), at)

@@ -8,16 +8,18 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 import slmjax
+from slmjax import faults
 from slmjax.cli import main
 from slmjax.data.config import Split
 from slmjax.runner import trainer
 from slmjax.telemetry.report import list_runs
-from slmjax.telemetry.run_directory import read_log
+from slmjax.telemetry.run_directory import RunDirectory, read_log
 from tests.one_layer import one_layer
 
 
@@ -122,6 +124,41 @@ def test_a_run_cut_short_says_what_it_measured(
     assert result.loss == records["eval" if every == 2 else "train"][-1]["loss"]
     [listed] = list_runs(tmp_path)
     assert listed.loss == (result.loss if every == 2 else None) and not listed.complete
+
+
+def test_a_full_disk_ends_a_run_as_not_saved(
+    experiment: slmjax.Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No checkpoint fits, nor one line of the log; the rest of the run takes place."""
+    experiment = dataclasses.replace(
+        experiment, run=dataclasses.replace(experiment.run, directory=str(tmp_path))
+    )
+    full = faults.parse("checkpoint.committed:*=full,log.write:3=full")
+    monkeypatch.setattr(faults, "_faults", full)
+    console = Console(file=io.StringIO(), width=200)
+    result = slmjax.train(experiment, console=console)
+    assert (result.status, result.step, result.log_lines_lost) == ("not_saved", 4, 1)
+    assert result.measured_on == "held-out text"
+    path = Path(result.run_dir)
+    assert json.loads((path / "result.json").read_text())["status"] == "not_saved"
+    shown = console.file.getvalue()
+    assert "step 4 is LOST (No space left on device): the run has no checkpoint" in shown
+    assert f"slmjax train --resume {path} --restart" in shown
+    assert not list((path / "checkpoints").glob("*/"))
+    assert [record["step"] for record in read_log(path / "log.jsonl", kind="train")] == [1, 2, 4]
+
+
+def test_a_result_that_cannot_be_written_is_not_saved(
+    experiment: slmjax.Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "_faults", faults.parse("file.replace=readonly"))
+    telemetry = SimpleNamespace(run=RunDirectory(tmp_path))
+    loop = SimpleNamespace(telemetry=telemetry, setup=SimpleNamespace(experiment=experiment))
+    fields = dict.fromkeys((field.name for field in dataclasses.fields(trainer.Result)), 0)
+    lists = {"compressors": {}, "samples": [], "seconds_by_category": {}}
+    result = trainer.Result(**{**fields, **lists, "status": "finished"})  # type: ignore[arg-type]
+    assert trainer._write_result(loop, result).status == "not_saved"  # type: ignore[arg-type]
+    assert trainer._write_result(loop, result).status == "finished"  # type: ignore[arg-type]
 
 
 def test_prompts_that_are_refused_cost_no_file(
