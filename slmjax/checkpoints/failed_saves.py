@@ -40,6 +40,8 @@ class OrbaxTracebacks:
             self._previous = sys.unraisablehook
             sys.unraisablehook = self._unraisable
             logging.getLogger("absl").addFilter(self._keeps)
+            # Stays: asyncio reports a failed task when it is deleted, which may be at the end of the process.
+            logging.getLogger("asyncio").addFilter(_is_no_write_of_orbax)
 
     def restore(self) -> None:
         """End; errors are reported as before."""
@@ -57,3 +59,8 @@ class OrbaxTracebacks:
         is_late_callback = str(unraisable.exc_value) == "Event loop is closed"
         if not is_late_callback and self._previous is not None:
             self._previous(unraisable)
+
+
+def _is_no_write_of_orbax(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not (text.startswith("Task exception was never retrieved") and "orbax" in text)

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from slmjax import faults
 from slmjax.checkpoints.selection import is_better
 from slmjax.data.batch import Batch
 from slmjax.evaluation.bits_per_byte import EvalResult
@@ -244,6 +246,9 @@ class Loop:
             # else may refer to it.
             state, metrics = self.setup.programs.train_step(state, placed, teacher_outputs)
             self.trained.add(metrics.pop("trained_targets"))
+            faults.at("step", self.step + 1)
+            if faults.taints(self.step + 1):
+                state = _not_finite(state)
             if compiles:
                 jax.block_until_ready(metrics)
                 # The pace is measured without compilation and without the wait for the first batch.
@@ -434,6 +439,15 @@ class Loop:
             return False
         self.best = (self.step, result.loss)
         return True
+
+
+def _not_finite(state: TrainState) -> TrainState:
+    """Return the state with parameters of NaN, for an injected fault."""
+    params = {
+        path: leaf * jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        for path, leaf in state.params.items()
+    }
+    return dataclasses.replace(state, params=params)
 
 
 # After the loop ---------------------------------------------------------------------------------------------
