@@ -123,7 +123,7 @@ class Progress:
 
     @contextlib.contextmanager
     def _unless_unread(self) -> Iterator[None]:
-        """Print what is printed within, or go on without: a run does not end with its display.
+        """Print what is printed within, or continue without: a run does not end with its display.
 
         The reader of a pipe may have ended, the terminal may be gone, or the output's disk may be full.
         """
@@ -138,7 +138,7 @@ class Progress:
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._console.file.fileno())
             # The log of the run keeps it.
-            log.warning("nobody reads the output any more: the run goes on, and its log has the rest")
+            log.warning("nobody reads the output any more: the run continues, and its log has the rest")
         # A full disk may have space again at the next line.
         except OSError as error:
             log.debug("a line of the display is lost: %s", error)

@@ -9,6 +9,7 @@ import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -107,7 +108,7 @@ def test_a_run_cut_short_says_what_it_measured(
 ) -> None:
     step = trainer.Loop._step
 
-    def interrupted(loop: trainer.Loop, state: object) -> object:
+    def interrupted(loop: trainer.Loop, state: Any) -> Any:
         if loop.step == 2:
             signal.raise_signal(signal.SIGTERM)
         return step(loop, state)
@@ -135,30 +136,24 @@ def test_a_full_disk_ends_a_run_as_not_saved(
     )
     full = faults.parse("checkpoint.committed:*=full,log.write:3=full")
     monkeypatch.setattr(faults, "_faults", full)
-    console = Console(file=io.StringIO(), width=200)
-    result = slmjax.train(experiment, console=console)
+    output = io.StringIO()
+    result = slmjax.train(experiment, console=Console(file=output, width=200))
     assert (result.status, result.step, result.log_lines_lost) == ("not_saved", 4, 1)
     assert result.measured_on == "held-out text"
     path = Path(result.run_dir)
     assert json.loads((path / "result.json").read_text())["status"] == "not_saved"
-    shown = console.file.getvalue()
+    shown = output.getvalue()
     assert "step 4 is LOST (No space left on device" in shown and "): the run has no checkpoint" in shown
     assert f"slmjax train --resume {path} --restart" in shown
     assert not list((path / "checkpoints").glob("*/"))
     assert [record["step"] for record in read_log(path / "log.jsonl", kind="train")] == [1, 2, 4]
-
-
-def test_a_result_that_cannot_be_written_is_not_saved(
-    experiment: slmjax.Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    # A result that cannot be written says so, since nothing on disk does.
     monkeypatch.setattr(faults, "_faults", faults.parse("file.replace=readonly"))
     telemetry = SimpleNamespace(run=RunDirectory(tmp_path))
-    loop = SimpleNamespace(telemetry=telemetry, setup=SimpleNamespace(experiment=experiment))
-    fields = dict.fromkeys((field.name for field in dataclasses.fields(trainer.Result)), 0)
-    lists = {"compressors": {}, "samples": [], "seconds_by_category": {}}
-    result = trainer.Result(**{**fields, **lists, "status": "finished"})  # type: ignore[arg-type]
-    assert trainer._write_result(loop, result).status == "not_saved"  # type: ignore[arg-type]
-    assert trainer._write_result(loop, result).status == "finished"  # type: ignore[arg-type]
+    loop: Any = SimpleNamespace(telemetry=telemetry, setup=SimpleNamespace(experiment=experiment))
+    finished = dataclasses.replace(result, status="finished")
+    assert trainer._write_result(loop, finished).status == "not_saved"
+    assert trainer._write_result(loop, finished).status == "finished"
 
 
 def test_prompts_that_are_refused_cost_no_file(
