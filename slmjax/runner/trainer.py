@@ -490,7 +490,8 @@ def _finish(loop: Loop, state: TrainState, status: str) -> Result:
     result = _result(loop, state, status=status, metrics=metrics, compressors=compressors, samples=samples)
     loop.record("result", status=status, **metrics)
     if jax.process_index() == 0:
-        result = _write_result(loop, result)
+        resume = resume_command(telemetry.run.path, loop.setup.experiment)
+        result = _write_result(telemetry.run, result, resume=resume)
         # The page takes seconds, which a preempted job may not have. `slmjax report` writes it.
         if not loop.signals.received and status != "interrupted":
             _write_page(telemetry.run)
@@ -515,15 +516,15 @@ def _explain_not_saved(loop: Loop) -> None:
     )
 
 
-def _write_result(loop: Loop, result: Result) -> Result:
+def _write_result(run: RunDirectory, result: Result, *, resume: str) -> Result:
     """Write result.json. Where it cannot be written, the result says so, as nothing on disk does."""
     try:
-        loop.telemetry.run.write_json("result.json", dataclasses.asdict(result))
+        run.write_json("result.json", dataclasses.asdict(result))
     except OSError as error:
         log.error(
             "result.json could NOT be written (%s). Free disk space, then write it with: %s",
             error.strerror or error,
-            resume_command(loop.telemetry.run.path, loop.setup.experiment),
+            resume,
         )
         return dataclasses.replace(result, status="not_saved")
     return result

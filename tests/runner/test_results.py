@@ -8,7 +8,6 @@ import json
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,11 +148,9 @@ def test_a_full_disk_ends_a_run_as_not_saved(
     assert [record["step"] for record in read_log(path / "log.jsonl", kind="train")] == [1, 2, 4]
     # A result that cannot be written says so, since nothing on disk does.
     monkeypatch.setattr(faults, "_faults", faults.parse("file.replace=readonly"))
-    telemetry = SimpleNamespace(run=RunDirectory(tmp_path))
-    loop: Any = SimpleNamespace(telemetry=telemetry, setup=SimpleNamespace(experiment=experiment))
     finished = dataclasses.replace(result, status="finished")
-    assert trainer._write_result(loop, finished).status == "not_saved"
-    assert trainer._write_result(loop, finished).status == "finished"
+    for status in ("not_saved", "finished"):
+        assert trainer._write_result(RunDirectory(path), finished, resume="").status == status
 
 
 def test_prompts_that_are_refused_cost_no_file(
