@@ -88,7 +88,9 @@ def _train(argv: Sequence[str], *, is_joined: bool) -> int:
         if args.json:
             print_json(dataclasses.asdict(result))
         else:
-            _print_result(result, resume_command(Path(result.run_dir), args.experiment))
+            is_fresh = args.experiment.init.source() is None
+            command = resume_command(Path(result.run_dir), args.experiment)
+            _print_result(result, command, is_fresh=is_fresh)
     return {"finished": 0, "interrupted": INTERRUPTED_STATUS}.get(result.status, 1)
 
 
@@ -240,7 +242,7 @@ def _with_one_length(experiment: Any, options: Sequence[str]) -> Any:
     return dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, epochs=None))
 
 
-def _print_result(result: Any, resume_command: str) -> None:
+def _print_result(result: Any, resume_command: str, *, is_fresh: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -260,7 +262,8 @@ def _print_result(result: Any, resume_command: str) -> None:
         table.add_row(name, f"{bits:.3f}")
     console.print()
     console.print(table)
-    if hint := _short_run(result):
+    # A model that was trained before has seen more than this run shows.
+    if is_fresh and (hint := _short_run(result)):
         console.print(hint)
     skipped = f", {result.skipped:,} steps skipped" if result.skipped else ""
     console.print(f"loss {result.loss:.4f}, {result.parameters:,} parameters{skipped}")

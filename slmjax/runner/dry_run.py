@@ -71,12 +71,14 @@ class Plan:
             "parameters": f"{self.parameters:,}",
             "devices": f"{self.devices} ({self.device_kind})",
             "memory": f"on each device {self.memory.text()}{fits}",
-            "length": f"{self.steps:,} steps of {self.batch_size:,} rows of {self.sequence_length:,} tokens: "
-            f"{self.tokens:,} tokens, {self.epochs:.2f} epochs of {self.rows:,} rows",
+            "length": f"{_count(self.steps, 'step')} of {_count(self.batch_size, 'row')} of "
+            f"{_count(self.sequence_length, 'token')}: {_count(self.tokens, 'token')}, {self.epochs:.2f} "
+            f"epochs of {_count(self.rows, 'row')}",
             "compute": f"{self.flops:.3g} FLOPs",
             "time": f"about {format_seconds(self.seconds)}, at {self.seconds / self.steps:.3g} s a step "
-            f"(measured: {measured}{mfu}), and the time of {self.evaluations} evaluations on the way, the "
-            f"last one, and {self.checkpoints} checkpoints of {size_text(self.checkpoint_bytes)}",
+            f"(measured: {measured}{mfu}), and the time of {_count(self.evaluations, 'evaluation')} on the "
+            f"way, the last one, and {_count(self.checkpoints, 'checkpoint')} of "
+            f"{size_text(self.checkpoint_bytes)}",
             "writes to": self.directory,
             "data": f"prepared in {self.cache}",
         }
@@ -88,6 +90,10 @@ class Plan:
         )
         indented = ("\n".ljust(14).join(parts) for parts in wrapped)
         return "\n".join(f"{name:<13}{text}" for name, text in zip(lines, indented, strict=True))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def plan_run(experiment: Experiment) -> Plan:
