@@ -89,7 +89,14 @@ def changed_files(path: Path, manifest: Manifest) -> list[str]:
 
     Files that it does not list are harmless.
     """
-    return sorted(name for name, digest in manifest.files.items() if _read_digest(path / name) != digest)
+    # A name is opened only if it is that of a file here: a manifest from elsewhere could name any file of this
+    # machine.
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    return sorted(
+        name
+        for name, digest in manifest.files.items()
+        if name not in present or _read_digest(path / name) != digest
+    )
 
 
 def size_of(path: Path) -> int:

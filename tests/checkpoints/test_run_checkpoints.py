@@ -19,7 +19,7 @@ from slmjax import faults
 from slmjax.checkpoints import best_checkpoint
 from slmjax.checkpoints.failed_saves import OrbaxTracebacks, reason_of
 from slmjax.checkpoints.loading import load_model
-from slmjax.checkpoints.manifest import MANIFEST, read_manifest
+from slmjax.checkpoints.manifest import MANIFEST, changed_files, read_manifest
 from slmjax.checkpoints.run_checkpoints import (
     CheckpointConfig,
     Checkpointer,
@@ -216,6 +216,15 @@ def test_the_manifest_of_an_older_version_is_read(saved, opened, caplog):
     replace_the_manifest(json.dumps(dict(list(manifest.files.items())[1:])), saved / "3")
     assert_goes_back_to_2(saved, opened)
     assert "does not list" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../1/meta/metadata", "a\0b"])
+def test_a_manifest_names_no_file_outside(name, saved):
+    """The first of them never ends, and the last is no name."""
+    manifest = read_manifest(saved / "3")
+    assert changed_files(saved / "3", manifest) == []
+    manifest.files[name] = "0" * 64
+    assert changed_files(saved / "3", manifest) == [name]
 
 
 def test_a_step_damaged_again_is_set_aside_again(saved, opened):
