@@ -89,7 +89,7 @@ def changed_files(path: Path, manifest: Manifest) -> list[str]:
 
     Files that it does not list are harmless.
     """
-    # A name is opened only if it is that of a file here: a manifest from elsewhere could name any file of this
+    # A name is opened only if it is that of a file here: a manifest from elsewhere could name any file of the
     # machine.
     present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     return sorted(

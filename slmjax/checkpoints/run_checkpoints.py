@@ -249,6 +249,12 @@ class Checkpointer:
         begins = save.step - save.skipped_in_a_row
         first = None if self._resumed_from is None else self._resumed_from.step
         last_sound = begins if begins == first else begins - 1
+        if begins == first:
+            log.warning(
+                "no step since checkpoint %d was finite: if the settings are those it was made with, it is not "
+                "sound. Rename it, and --resume takes the one before",
+                first,
+            )
         own = [entry for entry in stored if not entry.problem and entry.step <= save.step]
         earlier = any(entry.step <= last_sound and self._verify(entry) for entry in own)
         return [entry for entry in own if entry.step > last_sound] if earlier else []

@@ -109,7 +109,7 @@ def names_in(directory):
     return {path.name for path in directory.iterdir()}
 
 
-def test_divergence_does_not_cost_the_last_good_checkpoint(tmp_path, opened):
+def test_divergence_does_not_cost_the_last_good_checkpoint(tmp_path, opened, caplog):
     """Good at 30; two sessions diverge, of which the first had saved a state that blew up right after."""
     checkpointer = opened(tmp_path, keep=1)
     checkpointer.save(30, skipping(30, 0))
@@ -130,7 +130,8 @@ def test_divergence_does_not_cost_the_last_good_checkpoint(tmp_path, opened):
     for _ in range(2):  # as in a third session with the same settings
         checkpointer.save(52, skipping(52, 22), diverged=True)
     checkpointer.wait()
-    assert names_in(tmp_path) == {"30", "52.diverged"}, "no step of the session was finite"
+    assert names_in(tmp_path) == {"30", "52.diverged"}
+    assert "no step since checkpoint 30 was finite" in caplog.text
     assert checkpointer.restore(like)[0] == 30 and checkpointer.restore(like, step=52)[0] == 52
 
     for step in (60, 70):
