@@ -251,8 +251,8 @@ class Checkpointer:
         last_sound = begins if begins == first else begins - 1
         if begins == first:
             log.warning(
-                "no step since checkpoint %d was finite: if the settings are those it was made with, it is not "
-                "sound. Rename it, and --resume takes the one before",
+                "no step since checkpoint %d was finite: if the settings are those it was made with, it is "
+                "not sound. Rename it, and --resume takes the one before",
                 first,
             )
         own = [entry for entry in stored if not entry.problem and entry.step <= save.step]
