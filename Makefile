@@ -37,7 +37,8 @@ lint: $(DEV)  ## check format and lint
 types: $(DEV)  ## check types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: $(DEV)  ## build the site into site/
+docs: $(DEV)  ## write the generated parts of docs/*.md, and build the site into site/
+	$(BIN)/python docs/hooks.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: $(DEV)  ## build the wheel into dist/

@@ -1,10 +1,15 @@
-"""The generated parts of the site: mkdocs calls `on_page_markdown`, which replaces the markers of a page.
+"""The generated parts of the pages, between a marker and its end: `<!-- NAME -->` ... `<!-- end of NAME -->`.
 
-- `<!-- readme -->`: the text of README.md, with its links as the site has them;
+    python docs/hooks.py        # writes them into the pages, for readers of the repository
+
 - `<!-- commands -->`: every command with its options;
 - `<!-- configuration -->`: every dataclass that an experiment is made of;
-- `<!-- api -->`: the public names, with signatures and docstrings;
-- `<!-- source slmjax/FILE.py NAME -->`: the source of one function, class or constant.
+- `<!-- source FILE NAME -->`: the source of one function, class or constant;
+- `<!-- readme -->`: the text of README.md, with its links as the site has them;
+- `<!-- api -->`: the public names, with signatures and docstrings.
+
+The last two are on the site alone, where mkdocs calls `on_page_markdown`. In the repository their place has a
+link to the text.
 """
 
 import ast
@@ -26,18 +31,30 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "slmjax"
 
 
+ON_SITE_ONLY = ("readme", "api")
+_BLOCK = re.compile(r"(<!-- (\w+)((?: \S+)*) -->\n)(.*?)(<!-- end of \2 -->)", re.DOTALL)
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the markers of a page by what is generated."""
+    """Return a page with its generated parts."""
+    return _BLOCK.sub(_generated, markdown)
+
+
+def for_repository(markdown: str) -> str:
+    """Return a page as the repository has it: generated, except for what is on the site only."""
+    return _BLOCK.sub(lambda match: match[0] if match[2] in ON_SITE_ONLY else _generated(match), markdown)
+
+
+def _generated(match: re.Match[str]) -> str:
     generators = {
-        "<!-- readme -->": readme,
-        "<!-- commands -->": commands,
-        "<!-- configuration -->": configuration,
-        "<!-- api -->": api,
+        "readme": readme,
+        "commands": commands,
+        "configuration": configuration,
+        "api": api,
+        "source": source,
     }
-    for marker, generate in generators.items():
-        if marker in markdown:
-            markdown = markdown.replace(marker, generate())
-    return re.sub(r"<!-- source (\S+) (\w+) -->", lambda match: source(match[1], match[2]), markdown)
+    begin, name, arguments, _, end = match.groups()
+    return f"{begin}\n{generators[name](*arguments.split())}\n\n{end}"
 
 
 def source(path: str, name: str) -> str:
@@ -48,7 +65,9 @@ def source(path: str, name: str) -> str:
         if isinstance(node, ast.Assign):
             names = [ast.unparse(target) for target in node.targets]
         if name in names:
-            return f"```python\n{ast.get_source_segment(text, node)}\n```"
+            first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))])
+            lines = text.splitlines()[first - 1 : node.end_lineno]
+            return "\n".join(["```python", *lines, "```"])
     raise ValueError(f"{path} has no {name}")
 
 
@@ -105,8 +124,13 @@ def _command(name: str, function: Callable[..., int]) -> str:
         shown = re.findall(r"positional\('(.*?)'\)", annotation)
         kind = re.sub(r"Annotated\[(.*), (\*positional|repeated).*", r"\1", annotation)
         option = shown[0] if shown else f"--{field.replace('_', '-')}"
+<<<<<<< HEAD
         rows.append(f"| `{option}` | {_cell(kind)} | {_cell(default)} | {html.escape(comment)} |")
     parts = [f"## {name}", about, f"```\n{usage}\n```", *notes]
+=======
+        rows.append(f"| `{option}` | {_cell(kind)} | {_cell(default)} | {html.escape(comment, quote=False)} |")
+    parts = [f"## {name}", about, f"```\n{usage}\n```"]
+>>>>>>> 2324ade (Generated parts of the docs are in the repository; a page that builds a model)
     if trees:
         parts.append(
             f"Fields of {' and '.join(trees)} are options too: see [configuration](configuration.md)."
@@ -270,8 +294,8 @@ def _about(comment: str, hint: Any) -> str:
             for kind in named
             if kind.__module__.startswith("slmjax")
         )
-        return f"{html.escape(comment or first)} See {links}."
-    return html.escape(comment)
+        return f"{html.escape(comment or first, quote=False)} See {links}."
+    return html.escape(comment, quote=False)
 
 
 def _comments(cls: type) -> dict[str, str]:
@@ -328,3 +352,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def _cell(text: str) -> str:
     shown = text.replace("|", "or") if " | " in text else text
     return f"`{shown}`" if shown else ""
+
+
+if __name__ == "__main__":
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        page.write_text(for_repository(page.read_text(encoding="utf-8")), encoding="utf-8")

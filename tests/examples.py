@@ -100,8 +100,8 @@ def docstring_examples() -> list[Example]:
 
 def page_blocks(page: Path) -> list[str]:
     """The fenced Python blocks of a page, without those that a file fills."""
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    return [textwrap.dedent(block) for block in blocks if "--8<--" not in block]
+    text = re.sub(r"<!-- source .*?<!-- end of source -->", "", page.read_text("utf-8"), flags=re.DOTALL)
+    return [textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)]
 
 
 @functools.cache

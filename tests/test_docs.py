@@ -131,11 +131,25 @@ def test_the_page_on_mixers_shows_the_example(site: Path) -> None:
     assert len(shown) > 8 and not [line for line in shown if line not in page]
 
 
-def test_every_field_that_is_met_has_a_comment() -> None:
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
     spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
     assert spec is not None and spec.loader is not None
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_parts_of_pages_are_those_of_the_code(hooks: ModuleType) -> None:
+    """A reader of the repository sees them too; nothing is left that only the site expands."""
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        assert text == hooks.for_repository(text), f"run `python docs/hooks.py`: {page.name} is out of date"
+        markers = re.findall(r"<!-- (?!end of )(\w+).*? -->|--8<--", text)
+        assert len(markers) == text.count("<!-- end of "), f"{page.name} has a marker without its end"
+
+
+def test_every_field_that_is_met_has_a_comment(hooks: ModuleType) -> None:
     rows = [line for line in hooks.configuration().splitlines() if line.startswith("| `")]
     assert len(rows) > 100 and not [row for row in rows if re.search(r"\|\s*\|$", row)]
 
@@ -265,6 +279,7 @@ def test_options_in_the_text_are_options() -> None:
 
 
 def is_setting(option: str) -> bool:
+<<<<<<< HEAD
     """Whether an option is the path of a field of an experiment, or a short name of a field of `nano`.
 
     The kinds of abstract configs have more fields.
@@ -273,6 +288,12 @@ def is_setting(option: str) -> bool:
     with contextlib.suppress(ValueError):
         return bool(full_names([option], options_of(Experiment, nano), command="train"))
     return has_field(Experiment, option.removeprefix("--").replace("-", "_").split("."))
+=======
+    """Whether an option is the path of a field of an experiment; the kinds of abstract configs have more."""
+    path = option.removeprefix("--").replace("-", "_").split(".")
+    # A number is the index of a layer group or a block.
+    return has_field(Experiment, [name for name in path if not name.isdigit()])
+>>>>>>> 2324ade (Generated parts of the docs are in the repository; a page that builds a model)
 
 
 def has_field(cls: type, path: list[str]) -> bool:
@@ -312,7 +333,7 @@ def test_settings_in_the_text_are_fields() -> None:
                 continue
             number += 1
             assert has_field(Experiment, path.split(".")), f"{name}: an experiment has no {path}"
-        for option in re.findall(rf"--((?:{SECTIONS})\.[a-z][a-z.-]*)", code):
+        for option in re.findall(rf"--((?:{SECTIONS})\.[a-z][a-z0-9.-]*)", code):
             number += 1
             assert is_setting(option), f"{name}: an experiment has no {option}"
     assert number > 40

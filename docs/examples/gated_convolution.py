@@ -22,7 +22,6 @@ from slmjax.models import (
 )
 
 
-# --8<-- [start:mathematics]
 def short_convolution(
     history: Float[Array, "B S D"], segments: Int[Array, "B S"], taps: Float[Array, "W D"]
 ) -> Float[Array, "B T D"]:
@@ -42,10 +41,6 @@ def short_convolution(
     return total
 
 
-# --8<-- [end:mathematics]
-
-
-# --8<-- [start:config]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GatedConvolutionConfig(MixerConfig):
     """A causal convolution over a few tokens, channel by channel, with a gate."""
@@ -66,10 +61,6 @@ class GatedConvolutionConfig(MixerConfig):
         return (self.width - 1) * dims.embed_dim * itemsize
 
 
-# --8<-- [end:config]
-
-
-# --8<-- [start:module]
 class GatedConvolution(Mixer):
     """`output(silu(gate(x)) * convolution(value(x)))`; the decoding state is the last W - 1 values."""
 
@@ -111,10 +102,6 @@ class GatedConvolution(Mixer):
         }
 
 
-# --8<-- [end:module]
-
-
-# --8<-- [start:experiment]
 def experiment() -> slmjax.Experiment:
     """`nano` with two convolutions before each layer of attention."""
     nano = slmjax.load_experiment("nano")
@@ -123,6 +110,3 @@ def experiment() -> slmjax.Experiment:
     stack = (LayerGroup(pattern=(convolution, convolution, attention), repeats=2),)
     model = dataclasses.replace(nano.model, stack=stack)
     return dataclasses.replace(nano, model=model, run=dataclasses.replace(nano.run, name="gated-convolution"))
-
-
-# --8<-- [end:experiment]

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from slmjax.config import fingerprint, near_names
 from slmjax.runner import trainer
+from slmjax.stored_json import check_object
 from slmjax.studies.arms import Arm, Derived
 from slmjax.studies.derived import derive
 from slmjax.telemetry.run_directory import RunLog, plain, read_log, read_result, with_present_names
@@ -188,6 +189,11 @@ def member_fingerprint(study: Study, arm: str, seed: int) -> str:
     return fingerprint(member_experiment(study, arm, seed))
 
 
+_MEMBER_FIELDS = {"arm": str, "seed": int, "fingerprint": str, "status": str, "result": dict}
+_MEMBER_FIELDS |= {"evaluation": dict}
+_REMOVE_LINE = "remove the line, and the member is trained again or read from its run"
+
+
 def read_members(
     study: Study, directory: str | Path, *, on_change: OnChange = OnChange.REFUSE
 ) -> tuple[Member, ...]:
@@ -202,9 +208,9 @@ def read_members(
     # The file is only appended to, so that an interruption loses no line.
     latest: dict[tuple[str, int], Member] = {}
     for record in read_log(path, kind="member") if path.is_file() else []:
-        fields = {field.name: record.get(field.name) for field in dataclasses.fields(Member)}
-        member = Member(**fields)
-        member = dataclasses.replace(member, result=with_present_names(member.result))
+        fields = check_object(record, _MEMBER_FIELDS, name=f"a record of {path}", remedy=_REMOVE_LINE)
+        known = {field.name: fields[field.name] for field in dataclasses.fields(Member) if field.name in fields}
+        member = Member(**{**known, "result": with_present_names(fields["result"])})
         latest[member.arm, member.seed] = member
     # Members of arms and seeds that the study no longer has are skipped.
     keys = [(arm.name, seed) for seed in study.seeds for arm in study.arms]
