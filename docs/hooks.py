@@ -124,13 +124,10 @@ def _command(name: str, function: Callable[..., int]) -> str:
         shown = re.findall(r"positional\('(.*?)'\)", annotation)
         kind = re.sub(r"Annotated\[(.*), (\*positional|repeated).*", r"\1", annotation)
         option = shown[0] if shown else f"--{field.replace('_', '-')}"
-<<<<<<< HEAD
-        rows.append(f"| `{option}` | {_cell(kind)} | {_cell(default)} | {html.escape(comment)} |")
+        rows.append(
+            f"| `{option}` | {_cell(kind)} | {_cell(default)} | {html.escape(comment, quote=False)} |"
+        )
     parts = [f"## {name}", about, f"```\n{usage}\n```", *notes]
-=======
-        rows.append(f"| `{option}` | {_cell(kind)} | {_cell(default)} | {html.escape(comment, quote=False)} |")
-    parts = [f"## {name}", about, f"```\n{usage}\n```"]
->>>>>>> 2324ade (Generated parts of the docs are in the repository; a page that builds a model)
     if trees:
         parts.append(
             f"Fields of {' and '.join(trees)} are options too: see [configuration](configuration.md)."

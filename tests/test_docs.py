@@ -279,7 +279,6 @@ def test_options_in_the_text_are_options() -> None:
 
 
 def is_setting(option: str) -> bool:
-<<<<<<< HEAD
     """Whether an option is the path of a field of an experiment, or a short name of a field of `nano`.
 
     The kinds of abstract configs have more fields.
@@ -287,13 +286,9 @@ def is_setting(option: str) -> bool:
     nano = recipes.load_experiment("nano")
     with contextlib.suppress(ValueError):
         return bool(full_names([option], options_of(Experiment, nano), command="train"))
-    return has_field(Experiment, option.removeprefix("--").replace("-", "_").split("."))
-=======
-    """Whether an option is the path of a field of an experiment; the kinds of abstract configs have more."""
     path = option.removeprefix("--").replace("-", "_").split(".")
     # A number is the index of a layer group or a block.
     return has_field(Experiment, [name for name in path if not name.isdigit()])
->>>>>>> 2324ade (Generated parts of the docs are in the repository; a page that builds a model)
 
 
 def has_field(cls: type, path: list[str]) -> bool:

@@ -209,7 +209,9 @@ def read_members(
     latest: dict[tuple[str, int], Member] = {}
     for record in read_log(path, kind="member") if path.is_file() else []:
         fields = check_object(record, _MEMBER_FIELDS, name=f"a record of {path}", remedy=_REMOVE_LINE)
-        known = {field.name: fields[field.name] for field in dataclasses.fields(Member) if field.name in fields}
+        known = {
+            field.name: fields[field.name] for field in dataclasses.fields(Member) if field.name in fields
+        }
         member = Member(**{**known, "result": with_present_names(fields["result"])})
         latest[member.arm, member.seed] = member
     # Members of arms and seeds that the study no longer has are skipped.
