@@ -1,7 +1,7 @@
 """`open_session`: everything that a session of a run works with, opened before its first step.
 
-    with open_session(experiment, resume=None) as session:
-        loop = Loop(session)
+    with StopSignals() as signals, open_session(experiment, resume=None, signals=signals) as session:
+        loop = Loop(session, signals)
 
 A run has one session, and one more each time it is resumed.
 """
