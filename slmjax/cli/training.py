@@ -267,6 +267,8 @@ def _print_result(result: Any, resume_command: str, *, is_fresh: bool) -> None:
         console.print(hint)
     skipped = f", {result.skipped:,} steps skipped" if result.skipped else ""
     console.print(f"loss {result.loss:.4f}, {result.parameters:,} parameters{skipped}")
+    if result.best_step not in (None, result.step):
+        console.print(best_note(result))
     # Both spans, where they differ: the counts of a resumed run are not those of its last session.
     if result.run_tokens != result.session_tokens:
         seconds = "" if result.run_seconds is None else f", {result.run_seconds:,.0f} s"
@@ -283,6 +285,17 @@ def _print_result(result: Any, resume_command: str, *, is_fresh: bool) -> None:
             "lengthen --optim.warmup-steps"
         )
     console.print(f"run directory: {result.run_dir}")
+
+
+def best_note(result: Any) -> str:
+    """Describe an earlier step that was better than the last one, on the text of both."""
+    text = result.best_measured_on or "the text of the evaluations"
+    last = result.loss if result.best_measured_on == result.measured_on else result.part_loss
+    compared = "" if last is None else f", instead of {last:.4f} now"
+    return (
+        f"lower at step {result.best_step:,}: loss {result.best_loss:.4f} on {text}{compared}; "
+        f"`--step {result.best_step}` of the other commands uses its checkpoint"
+    )
 
 
 # Tokens per parameter for which the loss is lowest at a fixed amount of computation (Hoffmann et al. 2022).

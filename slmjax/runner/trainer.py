@@ -426,7 +426,8 @@ class Loop:
             "bits_per_byte": result.bits_per_byte,
         }
         self.record("eval", documents=result.documents, **result.metrics())
-        self.telemetry.progress.print(f"step {self.step}: held-out {result.text()}")
+        text = "part of held-out text" if self.evaluates_part else "held-out text"
+        self.telemetry.progress.print(f"step {self.step}: {text}, {result.text()}")
 
     def _text_of(self, result: EvalResult) -> str:
         """Name the text of the evaluations on the way."""

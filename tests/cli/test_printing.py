@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.cells import cell_len
 
-from slmjax.cli import main
+from slmjax.cli import main, training
 from slmjax.cli.options import CLOSED_PIPE_STATUS
 from slmjax.telemetry import columns
 from slmjax.telemetry.columns import column_lines
@@ -35,6 +36,18 @@ def test_characters_that_the_output_lacks_are_escaped(user_environment, tmp_path
     environment = {**user_environment, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "k\\xe4se" in done.stdout, done.stderr
+
+
+def test_the_end_of_a_training_names_an_earlier_step_that_was_better() -> None:
+    result = SimpleNamespace(step=200, loss=4.254, measured_on="held-out text", best_step=150)
+    result.best_loss = 4.361
+    result.best_measured_on = "part of the held-out text"
+    result.part_loss = 4.402
+    note = training.best_note(result)
+    assert "lower at step 150: loss 4.3610 on part of the held-out text, instead of 4.4020 now" in note
+    result.best_measured_on = "held-out text"
+    result.part_loss = None
+    assert "on held-out text, instead of 4.2540 now" in training.best_note(result)
 
 
 # Tables -----------------------------------------------------------------------------------------------------
