@@ -27,6 +27,7 @@ import math
 import numbers
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -75,6 +76,7 @@ class RunDirectory:
         if root.is_file():
             raise ConfigError(f"{root} is a file: name a directory for runs with --run.directory")
         root.mkdir(parents=True, exist_ok=True)
+        _remove_remains(root)
         attempt = 1
         while True:
             path = root / (base if attempt == 1 else f"{base}-{attempt}")
@@ -114,6 +116,19 @@ class RunDirectory:
     def write_json(self, name: str, value: Any) -> Path:
         """Write a JSON file of the run, as `write_json` does."""
         return write_json(self.path / name, value)
+
+
+_REMAINS = re.compile(r"\..+-\d{8}-\d{6}-[0-9a-f]{6}(-\d+)?-[0-9a-f]{12}\.tmp")
+_DAY = 24 * 3600
+
+
+def _remove_remains(root: Path) -> None:
+    """Delete the hidden directories of runs that were killed as they were made, a day ago or more."""
+    # Younger ones may be those of a run that is being made.
+    for path in root.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # another process removes it, too
+            if _REMAINS.fullmatch(path.name) and time.time() - path.stat().st_mtime > _DAY:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> Path:

@@ -513,6 +513,10 @@ def test_resuming_with_other_rows_is_logged(finished, tmp_path):
         in console.file.getvalue()
     )
     assert "optim.lr at step 7, the next one, is" in console.file.getvalue()
+    assert "session 2 has other settings: data.seed=1 instead of 0, run.steps=7" in console.file.getvalue()
+    (copy,) = tmp_path.glob("*/config-1.json")
+    assert sessions(copy.parent)[1].changes == {"data.seed": (0, 1), "run.steps": (6, 7)}
+    assert json.loads(copy.read_text())["data"]["seed"] == 0
 
 
 @pytest.mark.parametrize(

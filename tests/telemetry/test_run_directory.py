@@ -51,12 +51,16 @@ def test_a_run_that_fails_as_it_is_made_leaves_nothing(
     with pytest.raises(OSError, match="No space left"):
         RunDirectory.create_in(tmp_path, **name, write=write)
     assert list(tmp_path.iterdir()) == []
-    # A killed one leaves a hidden directory, which is no run.
-    (tmp_path / ".run-1.tmp").mkdir()
-    write(tmp_path / ".run-1.tmp")
+    # A killed one leaves a hidden directory, which is no run, and is removed after a day.
+    names = [f".run-20261201-{hour}0000-0123ab-0123456789ab.tmp" for hour in (10, 11)]
+    for name_of_remains in names:
+        (tmp_path / name_of_remains).mkdir()
+        write(tmp_path / name_of_remains)
+    os.utime(tmp_path / names[0], (0, 0))
     run = RunDirectory.create_in(tmp_path, **name, write=write)
     assert [path.name for path in run.path.iterdir()] == ["config.json"]
     assert [item.name for item in list_runs(tmp_path)] == [run.path.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [names[1], run.path.name]
 
 
 def test_a_file_is_no_place_for_runs(tmp_path: Path) -> None:
