@@ -98,7 +98,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(workplace, tmp_path,
     """
     losses = [2.0, math.nan, 3.0, math.inf, 2.5, math.nan]
 
-    def evaluation(setup, state, max_documents):
+    def evaluation(setup, state, max_documents, **_):
         batches = setup.heldout(max_documents)
         return result_of(losses.pop(0), tokens=batches.num_targets, total_tokens=batches.num_tokens)
 

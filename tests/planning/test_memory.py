@@ -224,7 +224,7 @@ def test_sizes_for_people(size: int, said: str) -> None:
 
 
 # The end of a run -------------------------------------------------------------------------------------------
-def exhausted(*_: object) -> None:
+def exhausted(*_: object, **__: object) -> None:
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123456 bytes.\n[...]")
 
 
@@ -319,7 +319,7 @@ def test_it_is_said_where_memory_ran_out(
 def test_another_error_stays_what_it_is(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(Setup, "evaluate", fail)
