@@ -11,9 +11,13 @@ one that prints to standard error. Without a handler Python shows warnings alone
 """
 
 import logging
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 from slmjax.telemetry.run_directory import RunLog
+
+log = logging.getLogger(__name__)
 
 
 class MessageHandler(logging.Handler):
@@ -34,12 +38,26 @@ class MessageHandler(logging.Handler):
         self._run_log: RunLog | None = None
         # Messages that come before the run directory exists, for example while data is prepared.
         self._early: list[logging.LogRecord] = []
+        self._warned_of_cache = False
 
     def write_to(self, run_log: RunLog) -> None:
         """Write messages to the log of a run from now on, beginning with the earlier ones."""
         self._run_log = run_log
         for record in self._early:
             _write(record, run_log)
+
+    def _show_warning(
+        self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *options: Any
+    ) -> None:
+        """Show a warning of Python, and those of jax's compilation cache as one message."""
+        text = str(message)
+        if "persistent compilation cache entry" not in text:
+            self._showwarning_before(message, category, filename, lineno, *options)
+        elif not self._warned_of_cache:
+            # One for each program says no more than one for all.
+            self._warned_of_cache = True
+            reason = text.rpartition(": ")[2]
+            log.warning("the compilation cache cannot be used (%s): programs are compiled again", reason)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show a record, and write it to the log of the run (called by the logging module)."""
@@ -62,9 +80,12 @@ class MessageHandler(logging.Handler):
         self._logger.setLevel(logging.DEBUG)
         # Imported libraries give the root logger handlers that would show every message a second time.
         self._logger.propagate = False
+        self._showwarning_before = warnings.showwarning
+        warnings.showwarning = self._show_warning
         return self
 
     def __exit__(self, *_: object) -> None:
+        warnings.showwarning = self._showwarning_before
         self._logger.removeHandler(self)
         for handler in self._replaced:
             self._logger.addHandler(handler)

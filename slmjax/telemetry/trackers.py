@@ -9,10 +9,14 @@ A tracker that fails is disabled with a warning, and training continues. Only pr
 """
 
 import abc
+import contextlib
 import enum
+import errno
 import logging
 import math
 import os
+import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -44,6 +48,14 @@ class Sink(abc.ABC):
     def close(self) -> None:
         """Write what is pending."""
 
+    @abc.abstractmethod
+    def abandon(self) -> None:
+        """Write nothing more, after a write has failed."""
+
+
+# What is pending in tensorboardX must still fit.
+_LEAST_FREE_BYTES = 4 * 2**20
+
 
 class _TensorBoard(Sink):
     def __init__(self, *, directory: Path, name: str, config: Mapping[str, Any]) -> None:
@@ -52,19 +64,39 @@ class _TensorBoard(Sink):
         from tensorboardX import SummaryWriter
 
         # A suffix for each session: two sessions that begin within a second would write to one file.
+        self._directory = directory
+        others = set(threading.enumerate())
         self._writer = SummaryWriter(
             str(directory / "tensorboard"), flush_secs=10, filename_suffix=f".{time.time_ns()}"
         )
+        self._threads = set(threading.enumerate()) - others
+
+    def _check(self) -> None:
+        """Raise OSError where a write would fail: in a thread of its own, after which the next ones wait."""
+        if shutil.disk_usage(self._directory).free < _LEAST_FREE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if not all(thread.is_alive() for thread in self._threads):
+            raise OSError(errno.EIO, "the thread that writes has ended")
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
+            self._check()
             self._writer.add_scalar(name, value, step)
 
     def text(self, step: int, name: str, text: str) -> None:
+        self._check()
         self._writer.add_text(name, text, step)
 
     def close(self) -> None:
         self._writer.close()
+
+    def abandon(self) -> None:
+        try:
+            if all(thread.is_alive() for thread in self._threads):
+                self._writer.close()
+        finally:
+            # Otherwise it is closed again at the end of the process, and fails with a traceback.
+            self._writer.file_writer.event_writer._closed = True
 
 
 class _Wandb(Sink):
@@ -89,6 +121,9 @@ class _Wandb(Sink):
 
     def close(self) -> None:
         self._run.finish()
+
+    def abandon(self) -> None:
+        pass
 
 
 _SINKS: dict[Tracker, Callable[..., Sink]] = {Tracker.TENSORBOARD: _TensorBoard, Tracker.WANDB: _Wandb}
@@ -149,6 +184,8 @@ class Trackers:
             except Exception as error:  # no error of a tracker may end the run
                 # A tracker that failed once would probably fail at every step.
                 del self._sinks[tracker]
+                with contextlib.suppress(Exception):
+                    sink.abandon()
                 _warn(tracker, error)
 
     def close(self) -> None:

@@ -1,7 +1,10 @@
 """Messages of the modules: shown once, with their level, and kept in the log of a run."""
 
 import logging
+import warnings
 from pathlib import Path
+
+import pytest
 
 from slmjax.telemetry.messages import MessageHandler
 from slmjax.telemetry.progress import Progress
@@ -52,3 +55,19 @@ def test_other_processes_show_nothing() -> None:
         ):
             log.info("from process %d", index)
     assert stream.getvalue() == "from process 0\n"
+
+
+def test_a_full_compilation_cache_is_said_once() -> None:
+    lines: list[str] = []
+    shown: list[str] = []
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        patch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+        with MessageHandler(lines.append):
+            for name in ("a", "b"):
+                entry = f"Error writing persistent compilation cache entry for '{name}'"
+                warnings.warn(f"{entry}: OSError: [Errno 28] No space left on device", stacklevel=1)
+            warnings.warn("another", stacklevel=1)
+    reason = "[Errno 28] No space left on device"
+    expected = f"WARNING: the compilation cache cannot be used ({reason}): programs are compiled again"
+    assert lines == [expected] and shown == ["another"]

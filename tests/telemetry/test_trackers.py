@@ -1,8 +1,10 @@
 """slmjax.telemetry.trackers, with the real packages: what they wrote is read back."""
 
 import logging
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -77,3 +79,16 @@ def test_a_missing_package_is_named_with_the_way_out(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ValueError, match=r"has tensorboard.*slmjax\[track\]"):
         opened(tmp_path, Tracker.TENSORBOARD)
+
+
+def test_a_full_disk_disables_tensorboard_before_its_thread_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its queue holds ten events, and nothing takes them out once the thread has ended."""
+    with opened(tmp_path, Tracker.TENSORBOARD) as trackers:
+        trackers.write("train", step=1, **RECORD)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        for step in range(2, 20):
+            trackers.write("train", step=step, **RECORD)
+    [warning] = caplog.messages
+    assert warning.startswith("tensorboard failed and is disabled") and "No space left on device" in warning
