@@ -96,7 +96,8 @@ class _TensorBoard(Sink):
                 self._writer.close()
         finally:
             # Otherwise it is closed again at the end of the process, and fails with a traceback.
-            self._writer.file_writer.event_writer._closed = True
+            file_writer: Any = self._writer.file_writer
+            file_writer.event_writer._closed = True
 
 
 class _Wandb(Sink):
