@@ -340,6 +340,8 @@ def read_settings(
         # All blocks of a stack are in its patterns; there may be thousands of layers.
         for block in dict.fromkeys(block for group in model.stack for block in group.pattern):
             if isinstance(block.mixer, AttentionConfig):
+                # Raises where the heads do not divide the width.
+                block.mixer.resolved_head_dim(model.layer_dims())
                 check_rotation(block.mixer, model)
         # Dataclasses take values of any type: reading the model as from a file checks all of them.
         from_json(ModelConfig, to_json(model))

@@ -208,7 +208,13 @@ def read_members(
     # The file is only appended to, so that an interruption loses no line.
     latest: dict[tuple[str, int], Member] = {}
     for record in read_log(path, kind="member") if path.is_file() else []:
-        fields = check_object(record, _MEMBER_FIELDS, name=f"a record of {path}", remedy=_REMOVE_LINE)
+        fields = check_object(
+            record,
+            _MEMBER_FIELDS,
+            optional={"error": str},
+            name=f"a record of {path}",
+            remedy=_REMOVE_LINE,
+        )
         known = {
             field.name: fields[field.name] for field in dataclasses.fields(Member) if field.name in fields
         }
