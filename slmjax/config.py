@@ -167,9 +167,11 @@ def read_file(cls: type[T], path: Path) -> T:
     try:
         return loads(cls, path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at {error.start})") from error
+        problem = f"not UTF-8 text ({error.reason} at {error.start})"
+        raise ConfigError(f"{path}: {problem}. Restore the file from a copy") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        problem = str(error).rstrip(".")
+        raise ConfigError(f"{path}: {problem}. Repair the file, or restore it from a copy") from error
 
 
 def fingerprint(tree: Any) -> str:

@@ -366,7 +366,7 @@ class Tokenizer:
         specification = read_object(file, {"model": dict}, remedy=remedy)
         # Before the library compiles them: the file may be anyone's.
         check_patterns(specification, name=str(file))
-        with library_errors(f"{file} is not a tokenizer.json that the tokenizers library can read"):
+        with library_errors(f"{file} is damaged, {remedy}"):
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         configured = conventions.read_conventions(file.parent)
         vocabulary = backend.get_vocab(with_added_tokens=True)

@@ -8,6 +8,7 @@ import jax
 
 from slmjax.checkpoints.loading import read_config, read_fitted
 from slmjax.checkpoints.run_checkpoints import Checkpointer, NoIntactCheckpoint
+from slmjax.checkpoints.step_directories import remains
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.distill import layers
 from slmjax.models.definition import define
@@ -149,7 +150,11 @@ def _check_nothing_is_lost(setup: Setup, checkpointer: Checkpointer) -> None:
       NoIntactCheckpoint: its log or its result shows that it had.
     """
     run = RunDirectory(checkpointer.directory.parent)
-    if step := steps_saved(run, every=setup.experiment.checkpoint.every):
+    every = setup.experiment.checkpoint.every
+    # Training continues while a save is written: a run that was killed then may be far beyond that step.
+    if any(int(path.name.partition(".")[0]) <= every for path in remains(checkpointer.directory)):
+        return
+    if step := steps_saved(run, every=every):
         raise NoIntactCheckpoint(
             f"{checkpointer.directory} has no checkpoint, although the run was at step {step}: restore the "
             "directory from a copy"

@@ -153,13 +153,15 @@ def steps_saved(run: RunDirectory, *, every: int) -> int:
         return 0 if content["status"] == "not_saved" else content["step"]
     if not run.log_path.exists():
         return 0
+    records = read_log(run.log_path)
+    # A session that began at step 0 had nothing to resume from: only what it did itself counts.
+    first = [i for i, record in enumerate(records) if record.get("first_step") == 1]
+    steps = {
+        kind: [record["step"] for record in records[first[-1] if first else 0 :] if record["kind"] == kind]
+        for kind in ("train", "eval")
+    }
     # The record of a step is written before its checkpoint, which the first evaluation causes too.
-    trained = [step for step in _logged_steps(run.log_path, "train") if step > every]
-    return max([*trained, *_logged_steps(run.log_path, "eval")], default=0)
-
-
-def _logged_steps(log_path: Path, kind: str) -> list[int]:
-    return [record["step"] for record in read_log(log_path, kind=kind)]
+    return max([*(step for step in steps["train"] if step > every), *steps["eval"]], default=0)
 
 
 _RESULT_REMEDY = "delete it, and resume the run, which writes it again"
