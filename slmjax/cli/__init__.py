@@ -130,6 +130,8 @@ def _user_message(error: Exception) -> str | None:
     if disk_problem(error) is not None:
         line = next(iter(text.splitlines()), "")
         return f"{line}. Free space, or write to another disk (runs: --run.directory, caches: SLMJAX_CACHE)"
+    if isinstance(error, NotADirectoryError | IsADirectoryError):
+        return f"{text}. A file is where a directory should be, or the reverse: move it, or restore what was there"
     if isinstance(error, ValueError | OSError | ImportError):
         return text
     if not isinstance(error, RuntimeError | MemoryError):
