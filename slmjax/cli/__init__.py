@@ -131,7 +131,7 @@ def _user_message(error: Exception) -> str | None:
         line = next(iter(text.splitlines()), "")
         return f"{line}. Free space, or write to another disk (runs: --run.directory, caches: SLMJAX_CACHE)"
     if isinstance(error, NotADirectoryError | IsADirectoryError):
-        return f"{text}. A file is where a directory should be, or the reverse: move it, or restore what was there"
+        return f"{text}. A file is where a directory should be, or the reverse: move it away"
     if isinstance(error, ValueError | OSError | ImportError):
         return text
     if not isinstance(error, RuntimeError | MemoryError):
