@@ -282,11 +282,12 @@ class Loop:
         self.activity = "evaluation"
         try:
             self._heed_signals()
-            return self.setup.evaluate(state, max_documents, on_batch=self._heed_signals)
+            result = self.setup.evaluate(state, max_documents, on_batch=self._heed_signals)
         except Stopped:
-            return None
-        finally:
-            self.activity = "training"
+            result = None
+        # Not after an error: it is said to be one of evaluation, for example where memory runs out.
+        self.activity = "training"
+        return result
 
     def _heed_signals(self) -> None:
         """Raise `Stopped` if the run is to stop, in all processes at the same call."""
