@@ -235,7 +235,7 @@ def test_the_results_are_the_same(story, straight):
         "bits_per_byte",
         "perplexity",
         "best_loss",
-        "tokens",
+        "run_tokens",
         "step",
         "parameters",
         "compressors",
@@ -250,7 +250,7 @@ def test_the_log_says_all(straight):
     records = read_log(straight / "log.jsonl")
     by_kind = {
         kind: [record for record in records if record["kind"] == kind]
-        for kind in ("train", "eval", "sample", "message", "result")
+        for kind in ("session", "train", "eval", "sample", "message", "result")
     }
     assert len(records) == sum(map(len, by_kind.values()))
     wanted = {
@@ -322,7 +322,9 @@ def test_the_run_directory_holds_all_that_is_needed(story, straight, tmp_path, m
         ).split()
     )
     assert {path.name for path in straight.iterdir()} == names | {"experiment.py"}
-    assert {path.name for path in story.run_dir.iterdir()} == names | {"experiment.py"}
+    # Of a run with four sessions, the files of the first three are kept.
+    kept = {f"{name}-{number}.json" for name in ("config", "data", "environment") for number in (1, 2, 3)}
+    assert {path.name for path in story.run_dir.iterdir()} == names | kept | {"experiment.py"}
     assert (straight / "experiment.py").read_text() == (Path(__file__).parents[1] / "tiny.py").read_text()
     environment = json.loads((straight / "environment.json").read_text())
     assert environment["packages"]["jax"] and environment["command"][1:3] == ["train", "tiny.py"]
@@ -436,7 +438,7 @@ def test_a_run_that_was_killed_after_its_last_step_still_gets_its_result(finishe
     run_dir = copy_of(result, tmp_path)
     (run_dir / "result.json").unlink()
     again = slmjax.train(experiment, resume=run_dir, console=quiet())
-    for name in ("status", "loss", "bits_per_byte", "tokens", "step"):
+    for name in ("status", "loss", "bits_per_byte", "run_tokens", "step"):
         assert getattr(again, name) == getattr(result, name), name
 
 

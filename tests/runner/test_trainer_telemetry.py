@@ -62,6 +62,8 @@ def logged_numbers(run_dir: Path) -> dict[tuple[int, str], float]:
     numbers = {}
     for record in read_log(run_dir / "log.jsonl"):
         kind = record.pop("kind")
+        if kind == "session":  # of the log alone
+            continue
         step = record.pop("step", None)
         flat = {name: value for name, value in record.items() if name != "time"} | {
             f"{name}/{part}": value

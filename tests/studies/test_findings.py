@@ -200,6 +200,7 @@ def test_members_with_other_text_are_named(tmp_path: Path) -> None:
         "source": "corpus.jsonl",
         "documents": 55,
         "bytes": 900,
+        "tokens": 300,
         "hash": "a",
         "heldout": None,
         "tokenizer": "t",
