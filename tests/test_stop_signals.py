@@ -130,6 +130,48 @@ def test_work_that_may_be_left_out_is_interrupted() -> None:
         assert signals.received and signals.requested() is signal.SIGINT
 
 
+def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(tmp_path: Path) -> None:
+    """Python drops what is raised there, and prints it as an error of the callback."""
+    program = """
+import gc
+import time
+def callback(phase, info):
+    if phase == "start":
+        print("collecting")
+        time.sleep(60)
+gc.disable()
+gc.callbacks.append(callback)
+try:
+    with StopSignals(is_command=True):
+        gc.collect()
+        gc.callbacks.clear()
+        print("collected")
+        time.sleep(60)
+except Stopped as stopped:
+    print(stopped)
+    sys.exit(stopped.status)
+"""
+    assert outcome(tmp_path, program, signal.SIGTERM) == (
+        143,
+        "collecting\ncollected\nstopped by SIGTERM\n",
+        "",
+    )
+
+
+def test_a_signal_while_the_interpreter_ends_does_not_change_the_status(tmp_path: Path) -> None:
+    program = f"""
+import atexit
+@atexit.register
+def clean():
+    print("cleaning")
+    {STUCK}
+with StopSignals(is_command=True) as signals:
+    signals.exit_with(75)
+    sys.exit(75)
+"""
+    assert outcome(tmp_path, program, signal.SIGINT) == (75, "cleaning\n", "")
+
+
 class Store:
     """The key-value store of a coordination service, in one process."""
 
@@ -178,3 +220,33 @@ def test_processes_of_different_pace_stop_at_the_same_point(monkeypatch: pytest.
         # The answer stays, for the points after it.
         assert one.agreed() is signal.SIGINT
         one.close()
+
+
+class Deaf(StopSignals):
+    """Signals of a process that goes on when it is told to end."""
+
+    def told_to_end(self, number: signal.Signals) -> None:
+        pass
+
+
+def test_the_others_hear_of_a_signal_before_a_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an error of a collective with it is known to be the end of the run, and why."""
+    monkeypatch.setattr(SharedSignals, "POLL_SECONDS", 0.1)
+    store = Store()
+    pair = []
+    for index in range(2):
+        monkeypatch.setattr(SharedSignals, "_num_created", 0)
+        pair.append(SharedSignals(store, index=index, count=2, signals=Deaf()))
+    closed = RuntimeError("INTERNAL: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]")
+    assert pair[0].loss(ValueError("broken pipe")) is None and pair[0].loss(RuntimeError("NaN")) is None
+    pair[1].request_end(signal.SIGTERM)
+    pair[1].leave()
+    assert {"slmjax/signals/1/heard/0", "slmjax/signals/1/gone/1"} <= set(store.values)
+    stopped = pair[0].loss(closed)
+    assert stopped is not None
+    assert (str(stopped), stopped.status) == ("another process was stopped by SIGTERM", 143)
+    for shared in pair:
+        shared.close()
+    store.values.clear()
+    stopped = pair[0].loss(closed)
+    assert stopped is not None and stopped.status == 1 and "\n" not in str(stopped)

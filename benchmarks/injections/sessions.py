@@ -298,11 +298,11 @@ def _redirect(output: Path) -> None:
 
 
 def _run(argv: Sequence[str], at_end: Callable[[], None] | None) -> int:
-    from slmjax import cli
+    from slmjax.__main__ import main
 
     status = 0
     try:
-        cli.main(list(argv))
+        main()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:

@@ -51,7 +51,7 @@ def train_command(argv: Sequence[str]) -> int:
 
     # Before an experiment file, or anything else, can ask jax for a device.
     is_joined = not asks_for_help(argv) and hosts.join() is not None
-    with StopSignals() as signals:
+    with StopSignals() as signals, signals.together():
         # A job that is preempted before its first step is worth another try.
         signals.sigterm_status = INTERRUPTED_STATUS
         share_signals(signals)

@@ -5,6 +5,7 @@ each of these functions; with a single process they do nothing special.
 """
 
 import contextlib
+import re
 import signal
 import threading
 import time
@@ -18,10 +19,15 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from slmjax.stop_signals import GRACE_SECONDS, StopSignals
+from slmjax.stop_signals import GRACE_SECONDS, INTERRUPTED_STATUS, Stopped, StopSignals
 
 T = TypeVar("T")
 _TEXT_BYTES = 1024
+# Texts of errors of communication, which have no type: of gloo, NCCL and jax's coordination service.
+_LOST = re.compile(
+    "gloo|nccl|connection (closed|reset|refused|aborted)|socket closed|broken pipe|coordination service",
+    re.IGNORECASE,
+)
 
 
 def process_zero_first(action: Callable[[], T]) -> T:
@@ -74,6 +80,7 @@ class SharedSignals:
     """
 
     POLL_SECONDS = 0.5
+    HEAR_SECONDS = 3.0  # that a process waits, before it ends, for the others to hear of the signal
     _num_created = 0
 
     def __init__(self, client: Any, *, index: int, count: int, signals: StopSignals) -> None:
@@ -114,14 +121,50 @@ class SharedSignals:
             self._point += 1
             return self._signal if self._stop_at is not None and self._point >= self._stop_at else None
 
+    def loss(self, error: Exception) -> Stopped | None:
+        """Return how this process should end if the error is that another process has ended; None if not.
+
+        That of a collective comes before the listening thread hears why the other one has ended.
+        """
+        if not isinstance(error, RuntimeError) or not _LOST.search(str(error)):
+            return None
+        notices = self._read("")
+        if "end" in notices:
+            return self._signals.stopped_with_others(signal.Signals(int(notices["end"])))
+        if "stop" in notices:
+            name = signal.Signals(int(notices["stop"])).name
+            return Stopped(f"another process was stopped by {name} and has ended", status=INTERRUPTED_STATUS)
+        self._set("lost", str(self._index))
+        return self._lost()
+
+    def _lost(self) -> Stopped:
+        return Stopped(
+            "error: another process of this run has ended, and its output says why. Saved checkpoints are "
+            "kept: start all processes again with --resume RUN",
+            status=1,
+        )
+
     def leave(self) -> None:
-        """Wait in process 0, whose end would abort the others, until they have ended."""
+        """Wait until the others have heard of the end; in process 0, whose end aborts them, for theirs."""
+        others = {str(index) for index in range(self._count)} - {str(self._index)}
+        is_agreed = "end" in self._read("")
+        if is_agreed:
+            # Else all that they know is that a collective with this process fails.
+            self._wait_for(others, ("heard", "gone"), seconds=self.HEAR_SECONDS)
         self._set(f"gone/{self._index}", "")
         if self._index == 0:
-            deadline = time.monotonic() + GRACE_SECONDS + 2
-            while len(self._read("gone/")) < self._count and time.monotonic() < deadline:
-                time.sleep(0.05)
+            # Those that were killed never say that they go.
+            self._wait_for(others, ("gone",), seconds=GRACE_SECONDS + 2 if is_agreed else 1.0)
             time.sleep(0.2)  # they set the key just before their end
+
+    def _wait_for(self, others: set[str], keys: tuple[str, ...], *, seconds: float) -> None:
+        """Wait until each of the other processes has set one of the keys, for so many seconds at most."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            notices = self._read("")
+            if all(any(f"{key}/{index}" in notices for key in keys) for index in others):
+                return
+            time.sleep(0.05)
 
     def close(self) -> None:
         """Hear of no more signals."""
@@ -133,8 +176,11 @@ class SharedSignals:
         while not self._closed.wait(self.POLL_SECONDS):
             notices = self._read("")
             if "end" in notices:
+                self._set(f"heard/{self._index}", "")
                 self._signals.told_to_end(signal.Signals(int(notices["end"])))
                 return
+            if "lost" in notices:
+                self._signals.told_of_loss(self._lost())
             if "stop" in notices and self._signal is None:
                 self._agree(signal.Signals(int(notices["stop"])))
 

@@ -127,12 +127,16 @@ def train(
             signals=signals,
         ) as session:
             loop = Loop(session, signals)
-            with explaining_out_of_memory(
-                session.setup,
-                activity=lambda: loop.activity,
-                step=lambda: loop.step,
-                is_resumed=session.is_resumed,
-                record=session.telemetry.log.write,
+            # Inside the session, whose end waits for processes that may be gone.
+            with (
+                signals.together(),
+                explaining_out_of_memory(
+                    session.setup,
+                    activity=lambda: loop.activity,
+                    step=lambda: loop.step,
+                    is_resumed=session.is_resumed,
+                    record=session.telemetry.log.write,
+                ),
             ):
                 # No variable keeps the state alive: where memory runs out, compiling for advice needs its
                 # memory.
