@@ -121,7 +121,8 @@ def story(workplace, user_environment):
     first_result = result_of(run_dir)
 
     def newest_whole():
-        return max((int(path.parent.name) for path in run_dir.glob("checkpoints/*/MANIFEST.json")), default=0)
+        names = [path.parent.name for path in run_dir.glob("checkpoints/*/MANIFEST.json")]
+        return max((int(name) for name in names if name.isdigit()), default=0)
 
     resume = ("--resume", str(run_dir))
     killed = session(*resume).stop(signal.SIGKILL, when=lambda: newest_whole() >= 20 and reached(24)())
