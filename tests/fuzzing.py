@@ -183,9 +183,10 @@ def _limited() -> Iterator[None]:
     try:
         yield
     finally:
+        # The limit of memory first: where it is used up, the other calls may fail, and the timer would run on.
+        resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, previous)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def _reset_peak_memory() -> int:
