@@ -183,7 +183,7 @@ def _limited() -> Iterator[None]:
     try:
         yield
     finally:
-        # The limit of memory first: where it is used up, the other calls may fail, and the timer would run on.
+        # The limit of memory first: where it is used up, other calls may fail, and the timer stays armed.
         resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, previous)
