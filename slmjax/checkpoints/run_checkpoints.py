@@ -321,6 +321,16 @@ class Checkpointer:
         else:
             self.last_saved = step
 
+    def withdraw(self, step: int) -> None:
+        """Rename the checkpoint of `step` to `STEP.diverged`, from which no run resumes; all processes call it."""
+        self.wait()
+        path = self.directory / str(step)
+        if jax.process_index() == 0 and path.is_dir():
+            diverged = self.directory / f"{step}.diverged"
+            if diverged.exists():
+                self._set_aside(diverged)
+            path.rename(diverged)
+
     # The best -----------------------------------------------------------------------------------------------
     def mark_best(self, step: int, loss: float) -> None:
         """Mark the checkpoint of `step` as the best by validation loss: retention keeps it."""

@@ -151,6 +151,8 @@ def compare_command(argv: Sequence[str]) -> int:
     print_columns(("run", "directory"), [*zip(names, map(str, paths), strict=True)])
     print()
     print_columns(("", *names), comparison.shown_results(runs), title="results")
+    if note := comparison.text_note(runs):
+        print(note)
     print()
     print_columns(("", *names), differences.rows, title="settings that differ")
     if differences.further:

@@ -279,6 +279,10 @@ def _print_result(result: Any, resume_command: str, *, is_fresh: bool) -> None:
     )
     if result.status == "interrupted":
         console.print(f"resume with: {resume_command}")
+    if result.status == "not_saved":
+        console.print(
+            f"this model is NOT on disk, see the error above: free disk space, then {resume_command}"
+        )
     if result.status == "diverged":
         console.print(
             "too many steps in a row were not finite: lower --optim.lr (and --optim.muon-lr, with muon), or "

@@ -108,11 +108,23 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig) -> Prepared:
 
 
 def _report_split(train: TokenShards, heldout: TokenShards, data: DataConfig) -> None:
-    """Log that the end of each document is held out, if the user did not ask for it."""
-    if train.manifest.split_rule != SplitRule.BOUNDARY.value:
-        return
+    """Log that the end of each document is held out, if the user did not ask for it, or that little is."""
     held_out = heldout.manifest.num_bytes
     total = held_out + train.manifest.num_bytes
+    # Documents are drawn by a hash: where few are large, the part that is held out may be anything.
+    if held_out < data.heldout_fraction * total / 4:
+        log.warning(
+            "%s: only %s of %s bytes (%.2g%%) are held out, and not %g%%: its documents are few or of very "
+            "different lengths, and results on so little text are noise. --data.split tail holds out the end "
+            "of each document",
+            train.manifest.source_name,
+            f"{held_out:,}",
+            f"{total:,}",
+            100 * held_out / total,
+            100 * data.heldout_fraction,
+        )
+    if train.manifest.split_rule != SplitRule.BOUNDARY.value:
+        return
     which = "its one document" if len(train) == 1 else f"each of its {len(train)} documents"
     log.info(
         "%s: the last %g%% of %s is held out for evaluation (%s of %s bytes), since there are too few "

@@ -26,6 +26,7 @@ from slmjax.telemetry.recorded_environment import environment, files_hash, packa
 from slmjax.telemetry.run_directory import RunDirectory, RunLog
 from slmjax.telemetry.trackers import Trackers
 from slmjax.training.experiment import Experiment
+from slmjax.training.optim import Optimizer
 from slmjax.training.recipes import code_files, copy_code
 
 log = logging.getLogger(__name__)
@@ -186,6 +187,13 @@ def print_banner(
     )
     tokens = setup.prepared.tokenizer.special_tokens
     log.info("documents begin with %s and end with %s", tokens["bos"].text(), tokens["eos"].text())
+    optim = setup.experiment.optim
+    if optim.kind is Optimizer.MUON:
+        log.info(
+            "matrices are trained at optim.muon_lr=%g; embeddings, norms and the head at optim.lr=%g",
+            optim.muon_lr,
+            optim.lr,
+        )
     if setup.prepared.lost_text:
         log.warning("bits per byte are too low: %s", lost_note(setup.prepared.lost_text))
     for note in definition.config.training_notes():

@@ -477,6 +477,10 @@ def _finish(loop: Loop, state: TrainState, status: str) -> Result:
                 if jax.process_index() == 0 and evaluation.is_all:
                     compressors = loop.unless_stopped(lambda: _compressors(loop)) or {}
                 samples = loop.sample(state)
+    if status == "finished" and evaluation is not None and evaluation.tokens and math.isnan(evaluation.loss):
+        # Its parameters are finite, and too large to compute with: no run may resume from them.
+        status = "diverged"
+        loop.checkpointer.withdraw(loop.step)
     if not is_saved and status != "diverged":
         status = "not_saved"
         _explain_not_saved(loop)
@@ -518,7 +522,7 @@ def _explain_not_saved(loop: Loop) -> None:
         loop.step,
         reasons.get(loop.step, "its save did not end"),
         "the run has no checkpoint" if last is None else f"the newest checkpoint is of step {last}",
-        f"{resume} --restart" if last is None else resume,
+        resume,
     )
 
 

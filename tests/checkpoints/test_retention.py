@@ -149,3 +149,13 @@ def test_a_run_that_diverged_before_its_first_checkpoint_can_be_read(tmp_path, o
         NoIntactCheckpoint, match="5.diverged: with this state the run diverged; rename it to 5"
     ):
         opened(tmp_path).resume(like)
+
+
+def test_a_state_that_turned_out_unsound_is_withdrawn(saved, opened):
+    """No run resumes from it; an earlier one that has the name is kept under another."""
+    (saved / "3.diverged").mkdir()
+    checkpointer = opened(saved)
+    checkpointer.withdraw(3)
+    assert checkpointer.steps() == [1, 2] and (saved / "3.diverged" / "model").is_dir()
+    assert (saved / "3.diverged.bad").is_dir()
+    assert checkpointer.resume(placed(state_shapes(MODEL)))[0] == 2

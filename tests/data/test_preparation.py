@@ -154,6 +154,24 @@ def test_too_few_documents_are_checked_before_work_is_done(
         )
 
 
+def test_little_held_out_text_is_warned_of(
+    data: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of one long and many short documents the hash may hold out short ones alone."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(f"short text {number}")
+    held_out = {number for number in range(40) if is_held_out(f"short text {number}", 0.25)}
+    assert held_out
+    long = next(text for text in ("a" * 9_000, "b" * 9_000, "c" * 9_000) if not is_held_out(text, 0.25))
+    (folder / "long.txt").write_text(long)
+    with caplog.at_level(logging.WARNING, logger="slmjax"):
+        prepare(dataclasses.replace(data, path=str(folder), heldout_fraction=0.25), ByteTokenizer())
+    (message,) = [text for text in caplog.messages if "held out" in text]
+    assert "and not 25%" in message and "--data.split tail" in message
+
+
 def test_held_out_share_is_about_the_fraction_and_grows_with_it() -> None:
     ids = [f"file {i}" for i in range(4000)]
     few, more = ({id for id in ids if is_held_out(id, fraction)} for fraction in (0.05, 0.1))

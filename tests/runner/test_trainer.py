@@ -443,6 +443,21 @@ def test_a_run_that_was_killed_after_its_last_step_still_gets_its_result(finishe
         assert getattr(again, name) == getattr(result, name), name
 
 
+def test_a_final_loss_that_is_not_finite_is_a_divergence(finished, tmp_path, monkeypatch):
+    """Parameters may be finite and still too large to compute with."""
+    experiment, result = finished
+    run_dir = copy_of(result, tmp_path)
+    (run_dir / "result.json").unlink()
+    evaluate = Setup.evaluate
+
+    def without_a_loss(*arguments, **options):
+        return dataclasses.replace(evaluate(*arguments, **options), loss=math.nan)
+
+    monkeypatch.setattr(Setup, "evaluate", without_a_loss)
+    assert slmjax.train(experiment, resume=run_dir, console=quiet()).status == "diverged"
+    assert (run_dir / "checkpoints" / "6.diverged").is_dir() and not (run_dir / "checkpoints" / "6").exists()
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(finished, tmp_path):
     """It says so, and also that the text is another one now."""
     experiment, result = finished

@@ -26,7 +26,7 @@ from slmjax.telemetry.report import (
     write_report,
 )
 from slmjax.telemetry.report.charts import COLOURS, DARK_COLOURS, POINTS, Chart, lines, run_charts
-from slmjax.telemetry.report.comparison import results
+from slmjax.telemetry.report.comparison import results, text_note
 from tests.written_run import write_run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -248,6 +248,9 @@ def test_a_comparison_shows_what_each_run_was_evaluated_on(run_dir: Path) -> Non
     record = {"source": "a.jsonl", "fingerprint": "0123456789", "heldout": {"documents": 6, "bytes": 1254}}
     runs = [dataclasses.replace(read_run(run_dir), data=data) for data in ([record], [{"source": "a.jsonl"}])]
     assert ("held_out_text", "6 documents of 01234567, 1,254 bytes", None) in results(runs)
+    assert text_note(runs) == "", "the text of the second is unknown"
+    other = {**record, "heldout": {"documents": 7, "bytes": 1300}}
+    assert "do not compare" in text_note([runs[0], dataclasses.replace(runs[1], data=[other])])
 
 
 def test_text_that_a_tokenizer_loses_is_shown_with_bits_per_byte(

@@ -61,8 +61,9 @@ def write_comparison(paths: Sequence[str | Path], output: str | Path) -> Path:
     # The names of many runs would not fit a title.
     title = " and ".join(labels) if len(labels) == 2 else f"{len(labels)} runs"
     names = table([(label, run.path) for label, run in zip(labels, runs, strict=True)])
+    note = f"<p>{text_note(runs)}</p>" if text_note(runs) else ""
     body = heading(f"Comparison of {title}", "") + (
-        f"{names}<h2>Results</h2>{table(shown_results(runs), head=('', *labels))}"
+        f"{names}<h2>Results</h2>{table(shown_results(runs), head=('', *labels))}{note}"
         f"<h2>Curves</h2>{chart_grid(drawn)}<h2>Settings that differ</h2>{settings}"
     )
     return write_page(Path(output), document(title=f"Comparison of {title}", body=body, charts=drawn))
@@ -91,6 +92,14 @@ def _charts(runs: Sequence[RunRecords], labels: Sequence[str]) -> list[Chart]:
         lines("utilisation", "Model FLOPs utilisation", "of the device's peak", train, "mfu", digits=".0%"),
     ]
     return [chart for chart in charts if chart is not None]
+
+
+def text_note(runs: Sequence[RunRecords]) -> str:
+    """Return a sentence where results of runs do not compare, as they are of different text; else nothing."""
+    texts = {text for run in runs if (text := _held_out_text(run)) is not None}
+    if len(texts) <= 1:
+        return ""
+    return "The runs hold out different text: their losses and bits per byte do not compare."
 
 
 def _evaluated_text(run: RunRecords) -> tuple[Any, ...]:
