@@ -322,7 +322,7 @@ class Checkpointer:
             self.last_saved = step
 
     def withdraw(self, step: int) -> None:
-        """Rename the checkpoint of `step` to `STEP.diverged`, from which no run resumes; all processes call it."""
+        """Rename a checkpoint to `STEP.diverged`, from which no run resumes. All processes call it."""
         self.wait()
         path = self.directory / str(step)
         if jax.process_index() == 0 and path.is_dir():

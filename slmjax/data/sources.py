@@ -181,8 +181,8 @@ def find_files(path: str) -> list[tuple[str, Path]]:
     # A typing error is the most likely reason.
     siblings = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []
     raise ValueError(
-        f"{path} does not exist (looked in {root.parent.absolute()}).{near_names(root.name, siblings)} Name the "
-        "text with --data.path"
+        f"{path} does not exist (looked in {root.parent.absolute()}).{near_names(root.name, siblings)} "
+        "Name the text with --data.path"
     )
 
 
