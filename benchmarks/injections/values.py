@@ -31,8 +31,10 @@ def _tainted_step(lab: Lab, case: Case) -> Outcome:
     fault = ",".join(f"step:{step}=nan" for step in range(first, last + 1))
     with lab.scratch() as folder:
         run = lab.copy(case.rng.choice(("begun", "part")), folder)
+        has_checkpoint = (run / "checkpoints").is_dir()
         end = lab.resume(run, plan=Plan(fault=fault))
-        return _judge(lab, run, end)
+        # Nothing good can be kept of a run that has saved nothing before.
+        return _judge(lab, run, end, keeps_good=has_checkpoint)
 
 
 def _bad_rate(lab: Lab, case: Case) -> Outcome:
@@ -104,17 +106,20 @@ def _item_of(tree: dict[str, Any]) -> str:
     return "model" if any(name.startswith("params/") for name in tree) else "another"
 
 
-def _judge(lab: Lab, run: Path, end: End, *, accepted: list[int] | None = None) -> Outcome:
+def _judge(
+    lab: Lab, run: Path, end: End, *, accepted: list[int] | None = None, keeps_good: bool = True
+) -> Outcome:
     """Judge the end of a run with non-finite numbers.
 
     Args:
       accepted: steps whose checkpoints the injection itself has made non-finite.
+      keeps_good: whether a good checkpoint must be left.
     """
     require_clean(end, activity="training")
     if end.status not in (0, 1, 2):
         raise Defect(f"status {end.status}: {tail(end)}")
     good = 0
-    for path in sorted((run / "checkpoints").iterdir()):
+    for path in sorted((run / "checkpoints").glob("*")):
         if path.name.isdecimal() and int(path.name) not in (accepted or ()):
             if not in_fork(functools.partial(is_finite_checkpoint, path), folder=run.parent):
                 raise Defect(f"status {end.status}, and checkpoint {path.name} is not finite")
@@ -124,7 +129,7 @@ def _judge(lab: Lab, run: Path, end: End, *, accepted: list[int] | None = None) 
         raise Defect(f"finished with the loss {result.get('loss')}")
     if end.status == 0 and not (run / "checkpoints" / str(STEPS)).is_dir():
         raise Defect("finished without a checkpoint of the last step")
-    if not good:
+    if not good and keeps_good:
         raise Defect(f"status {end.status}, and no good checkpoint is left")
     return survived(f"status {end.status}, every checkpoint is finite")
 

@@ -127,11 +127,17 @@ def _changes(path: Path, experiment: dict[str, Any]) -> Iterator[tuple[str, str]
         yield f"{name}, changed", History(tuple(values)).text()
 
 
+def _measured_on(result: dict[str, Any]) -> str:
+    text = str(result.get("measured_on"))
+    # An evaluation of an earlier step names the step itself.
+    return text if ", after step" in text else f"{text}, after step {_number(result.get('step'))}"
+
+
 def _quality_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     if not result:
         return [("loss", "not measured: the run did not finish"), ("bits per byte", "not measured")]
     return [
-        ("measured on", f"{result.get('measured_on')}, after step {_number(result.get('step'))}"),
+        ("measured on", _measured_on(result)),
         ("loss", f"{_digits(result.get('loss'))} nats per token"),
         (
             "bits per byte",

@@ -57,8 +57,8 @@ class Result:
     status: str
     loss: float  # nats per token, on the text that `measured_on` names
     bits_per_byte: float  # on the same text
-    # "held-out text", "part of the held-out text" (if cut short), "the completions of" them, "the last
-    # training batch"
+    # "held-out text", "part of the held-out text" (if cut short), "the completions of" them, with ", after
+    # step N" if of an earlier step, or "the last training batch"
     measured_on: str
     perplexity: float
     best_loss: float | None  # lowest of the evaluations on `best_measured_on`, the last step's included
@@ -179,6 +179,7 @@ class Loop:
         self._saved_step: int | None = self.first_step  # of the checkpoint that the state came from, or 0
         self._skipped = int(session.state.skipped)
         self._logged_step = self.step
+        self._evaluated_step = self.step  # of `last`, if it is of an evaluation
         # Tokens of this session without padding, of all processes, estimated from the sequences of this one.
         self._fed = 0
         # A metric of each step that the devices may not have done yet.
@@ -425,6 +426,7 @@ class Loop:
 
     def _record_evaluation(self, result: EvalResult) -> None:
         """Log and show an evaluation on the text of the evaluations on the way."""
+        self._evaluated_step = self.step
         self.last = {
             "measured_on": self._text_of(result),
             "loss": result.loss,
@@ -433,6 +435,14 @@ class Loop:
         self.record("eval", documents=result.documents, **result.metrics())
         text = "part of held-out text" if self.evaluates_part else "held-out text"
         self.telemetry.progress.print(f"step {self.step}: {text}, {result.text()}")
+
+    def last_metrics(self) -> dict[str, Any]:
+        """Return the newest metrics; of an evaluation after an earlier step, `measured_on` names the step."""
+        text = self.last["measured_on"]
+        is_earlier = text != TRAINING_BATCH and self._evaluated_step != self.step
+        return self.last | (
+            {"measured_on": f"{text}, after step {self._evaluated_step}"} if is_earlier else {}
+        )
 
     def _text_of(self, result: EvalResult) -> str:
         """Name the text of the evaluations on the way."""
@@ -475,7 +485,8 @@ def _finish(loop: Loop, state: TrainState, status: str) -> Result:
             if evaluation is not None:
                 # Compressors read all held-out text, so they compare with nothing else.
                 if jax.process_index() == 0 and evaluation.is_all:
-                    compressors = loop.unless_stopped(lambda: _compressors(loop)) or {}
+                    text = loop.setup.prepared.heldout_text()
+                    compressors = loop.unless_stopped(lambda: compressed_bits_per_byte(text)) or {}
                 samples = loop.sample(state)
     if status == "finished" and evaluation is not None and evaluation.tokens and math.isnan(evaluation.loss):
         # Its parameters are finite, and too large to compute with: no run may resume from them.
@@ -484,7 +495,7 @@ def _finish(loop: Loop, state: TrainState, status: str) -> Result:
     if not is_saved and status != "diverged":
         status = "not_saved"
         _explain_not_saved(loop)
-    metrics = loop.last
+    metrics = loop.last_metrics()
     if evaluation is not None:
         metrics = {
             "measured_on": evaluation.measured_on(ALL),
@@ -506,10 +517,6 @@ def _finish(loop: Loop, state: TrainState, status: str) -> Result:
         if not loop.signals.received and status != "interrupted":
             _write_page(telemetry.run)
     return result
-
-
-def _compressors(loop: Loop) -> dict[str, float]:
-    return compressed_bits_per_byte(loop.setup.prepared.heldout_text())
 
 
 def _explain_not_saved(loop: Loop) -> None:
