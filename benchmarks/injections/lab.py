@@ -184,7 +184,8 @@ class Lab:
 
         Args:
           lost_lines: some records of the log may be missing.
-          partly: only the final parameters and loss count, since the log itself was damaged.
+          partly: only the final parameters and loss count, since the log itself was damaged, or sessions had
+            other settings.
         """
         assert self.reference is not None
         result = json.loads((run / "result.json").read_text())

@@ -13,6 +13,7 @@ by us.
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -63,4 +64,9 @@ class OrbaxTracebacks:
 
 def _is_no_write_of_orbax(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    return not (text.startswith("Task exception was never retrieved") and "orbax" in text)
+    # Of a task or of a future; its description may name Orbax, or only its traceback does.
+    if "exception was never retrieved" not in text:
+        return True
+    error = record.exc_info[1] if record.exc_info else None
+    frames = traceback.extract_tb(None if error is None else error.__traceback__)
+    return not ("orbax" in text or any("orbax" in frame.filename for frame in frames))

@@ -96,7 +96,7 @@ def the_best_is_selected_on_the_same_text(result: slmjax.Result) -> None:
 
 
 @pytest.mark.parametrize(
-    ("every", "measured_on"), [(2, "part of the held-out text"), (100, "the last training batch")]
+    ("every", "measured_on"), [(2, "part of the held-out text, after step 2"), (100, "the last training batch")]
 )
 def test_a_run_cut_short_says_what_it_measured(
     experiment: slmjax.Experiment,
