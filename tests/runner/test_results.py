@@ -96,7 +96,8 @@ def the_best_is_selected_on_the_same_text(result: slmjax.Result) -> None:
 
 
 @pytest.mark.parametrize(
-    ("every", "measured_on"), [(2, "part of the held-out text, after step 2"), (100, "the last training batch")]
+    ("every", "measured_on"),
+    [(2, "part of the held-out text, after step 2"), (100, "the last training batch")],
 )
 def test_a_run_cut_short_says_what_it_measured(
     experiment: slmjax.Experiment,
@@ -143,7 +144,7 @@ def test_a_full_disk_ends_a_run_as_not_saved(
     assert json.loads((path / "result.json").read_text())["status"] == "not_saved"
     shown = output.getvalue()
     assert "step 4 is LOST (No space left on device" in shown and "): the run has no checkpoint" in shown
-    assert f"slmjax train --resume {path} --restart" in shown
+    assert f"slmjax train --resume {path}" in shown
     assert not list((path / "checkpoints").glob("*/"))
     assert [record["step"] for record in read_log(path / "log.jsonl", kind="train")] == [1, 2, 4]
     # A result that cannot be written says so, since nothing on disk does.
