@@ -200,7 +200,9 @@ def _commanded(lab: Lab, case: Case) -> Outcome:
         # The configuration of a diverging run is no damage that a reader could see.
         if target.decides and end.status == 1 and "diverged" in end.output:
             return survived("trains with the settings that the file now has, and diverges")
-        require_refusal(end, activity=activity, names=[Path(target.file).name, str(run), "run/"])
+        # `runs` looks for runs in a folder, and a directory without a config.json is none.
+        names = [Path(target.file).name, str(run), "run/", *([str(folder)] if argv[0] == "runs" else [])]
+        require_refusal(end, activity=activity, names=names)
         return refused(end)
 
 

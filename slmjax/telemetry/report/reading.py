@@ -277,8 +277,8 @@ def list_runs(directory: str | Path) -> list[RunSummary]:
     runs = [_summary(path) for path in paths if not (path / "origin.json").is_file()]
     if not runs:
         raise ValueError(
-            f"{directory.absolute()} holds no run: name the directory that runs are in (`slmjax train` makes them in "
-            "runs)"
+            f"{directory.absolute()} holds no run: name the directory that runs are in (`slmjax train` makes "
+            "them in runs)"
         )
     return sorted(runs, key=lambda run: run.started)
 
