@@ -1,5 +1,7 @@
 """The `slmjax` command, also as `python -m slmjax`: `cli.main`, which is imported with signals handled."""
 
+import contextlib
+import os
 import sys
 
 from slmjax.stop_signals import Stopped, StopSignals
@@ -21,6 +23,13 @@ def main() -> None:
             print(stopped, file=sys.stderr)
             status = stopped.status
         signals.exit_with(status)
+        if signals.received and not signals.is_shared:
+            # All that had to be saved or deleted is. The end of the interpreter may wait for, or crash in,
+            # threads of libraries that the signal has interrupted.
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(status)
         sys.exit(status)
 
 

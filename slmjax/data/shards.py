@@ -350,7 +350,10 @@ class TokenShards:
         """Return the text of all documents, joined. ValueError if it was not stored (held-out text is)."""
         path = self.directory / "text.bin"
         if not path.exists():
-            raise ValueError(f"{self.directory} has no text, only ids")
+            raise ValueError(
+                f"{self.directory} has no text, only ids. If it is held-out text, delete "
+                f"{self.directory.parent}: it is prepared again"
+            )
         return path.read_bytes()
 
     def _record(self, record: int) -> np.ndarray:
