@@ -267,12 +267,22 @@ _Window = tuple[_Pending, Span]  # a document, and the bytes of its text
 
 
 def _check_bytes(ids: np.ndarray, text: bytes, tokenizer: Tokenizer, *, where: str) -> None:
-    """Assert that the bytes of byte-level ids add up to the text, or bits per byte would be wrong."""
+    """Require that the bytes of byte-level ids add up to the text, or bits per byte would be wrong."""
     if (sizes := tokenizer.token_bytes) is None:
         return
     # In chunks, since a long document has tens of millions of ids.
     chunks = (ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK))
-    assert sum(int(sizes[chunk].sum(dtype=np.int64)) for chunk in chunks) == len(text), where
+    num_bytes = sum(int(sizes[chunk].sum(dtype=np.int64)) for chunk in chunks)
+    _require_bytes(num_bytes, len(text), where=where)
+
+
+def _require_bytes(actual: int, expected: int, *, where: str) -> None:
+    # A damaged tokenizer.json may give tokens other bytes than the library does.
+    if actual != expected:
+        raise ValueError(
+            f"{where}: {expected:,} bytes of text became tokens of {actual:,} bytes: tokenizer.json "
+            "contradicts itself. Restore it, or name another tokenizer"
+        )
 
 
 class _Encoder:
@@ -400,7 +410,7 @@ def _plain_tokens(
         num_bytes -= int(sizes[tokenizer.bos_id] + sizes[tokenizer.eos_id])
         texts = [pending for pending, _ in batch if not pending.needs_spans]
         for pending, count in zip(texts, num_bytes.tolist(), strict=True):
-            assert count == len(pending.text), pending.where
+            _require_bytes(count, len(pending.text), where=pending.where)
     low = np.minimum.reduceat(tokens, starts).tolist()
     high = np.maximum.reduceat(tokens, starts).tolist()
     parts = np.split(tokens, ends[:-1])
