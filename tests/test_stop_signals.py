@@ -223,7 +223,7 @@ def test_processes_of_different_pace_stop_at_the_same_point(monkeypatch: pytest.
 
 
 class Deaf(StopSignals):
-    """Signals of a process that goes on when it is told to end."""
+    """Signals of a process that keeps running when it is told to end."""
 
     def told_to_end(self, number: signal.Signals) -> None:
         pass

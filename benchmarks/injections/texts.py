@@ -56,11 +56,7 @@ def _shards(lab: Lab, case: Case) -> Outcome:
         way = mutate_json(path, case.rng) if is_manifest else damage_bytes(path, case.rng)
         case.describe(f"{path.parent.name}/{path.name} of the cache, resumed: {way}")
         end = lab.resume(run, plan=Plan(environment=environment))
-        names = (path.name, path.parent.name, str(folder / "cache"))
-        outcome = lab.judge_resume(run, end, activity="resuming", names=names)
-        if end.status != 0:
-            lab.require_resumable(run, activity="resuming with sound data")
-        return outcome
+        return _judge_damaged_cache(lab, run, end, path, activity="resuming")
 
 
 def _shards_while_training(lab: Lab, case: Case) -> Outcome:
@@ -73,11 +69,16 @@ def _shards_while_training(lab: Lab, case: Case) -> Outcome:
         case.describe(f"{path.parent.name}/{path.name} of the cache damaged {delay:.3f} s after the start")
         damage = functools.partial(_describe_damage, path, case)
         end = lab.resume(run, plan=Plan(environment=environment, meanwhile=(delay, damage)))
-        names = (path.name, path.parent.name, str(folder / "cache"))
-        outcome = lab.judge_resume(run, end, activity="training", names=names)
-        if end.status != 0:
-            lab.require_resumable(run, activity="resuming with sound data")
-        return outcome
+        return _judge_damaged_cache(lab, run, end, path, activity="training")
+
+
+def _judge_damaged_cache(lab: Lab, run: Path, end: End, path: Path, *, activity: str) -> Outcome:
+    """Judge a session whose cache, in the folder of the run, has a damaged file."""
+    names = (path.name, path.parent.name, str(run.parent / "cache"))
+    outcome = lab.judge_resume(run, end, activity=activity, names=names)
+    if end.status != 0:
+        lab.require_resumable(run, activity="resuming with sound data")
+    return outcome
 
 
 def _describe_damage(path: Path, case: Case) -> None:

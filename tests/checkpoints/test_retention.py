@@ -137,7 +137,7 @@ def test_divergence_does_not_cost_the_last_good_checkpoint(tmp_path, opened, cap
     for step in (60, 70):
         checkpointer.save(step, skipping(step, 0))
     checkpointer.wait()
-    assert names_in(tmp_path) == {"70", "52.diverged"}, "two good ones show that the run goes on"
+    assert names_in(tmp_path) == {"70", "52.diverged"}, "two good saves prove the run sound"
 
 
 def test_a_run_that_diverged_before_its_first_checkpoint_can_be_read(tmp_path, opened):

@@ -235,7 +235,7 @@ def test_words_to_learn_from_are_bounded() -> None:
         words = [
             word for piece in pieces for word, _ in pre_tokenizers.ByteLevel(False).pre_tokenize_str(piece)
         ]
-        assert max(len(word) for word in words) <= 3 * (LONGEST_WORD + 1)  # three bytes for one sign
+        assert max(len(word) for word in words) <= 3 * (LONGEST_WORD + 1)  # three bytes for one character
     text = "abc" * 400_000
     tokenizer = BpeTokenizer(vocab_size=270).build([text])
     assert tokenizer.decode(tokenizer.encode(text[:1000])) == text[:1000]
