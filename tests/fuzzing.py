@@ -171,8 +171,12 @@ class _TooLong(BaseException):
 def _limited() -> Iterator[None]:
     """Limit the CPU time and the memory of a block, which must run in the main thread."""
 
+    running = True
+
     def stop(*_: Any) -> None:
-        raise _TooLong(f"took more than {CPU_SECONDS:g} s of CPU time")
+        # A timer that is still armed after the block, whatever failed there, must not end other code.
+        if running:
+            raise _TooLong(f"took more than {CPU_SECONDS:g} s of CPU time")
 
     previous = signal.signal(signal.SIGPROF, stop)
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -183,6 +187,7 @@ def _limited() -> Iterator[None]:
     try:
         yield
     finally:
+        running = False
         # The limit of memory first: where it is used up, other calls may fail, and the timer stays armed.
         resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -1,7 +1,10 @@
 """Damaged files of every kind: each reading function returns, or says which file it is and what is wrong."""
 
 import collections
+import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,21 +17,46 @@ from tests.mutations import json_mutation
 def _check(parent: Path, seeds: range, *, families: int | None) -> collections.Counter[Outcome]:
     """Damage each kind of file by each of the seeds, and return how the attempts ended.
 
+    A process of its own reads them: limits of CPU time and memory apply to whole processes, and the one that
+    runs the tests has other threads and what earlier tests left.
+
     Args:
       families: how many of those whose config.json is read; None for all.
     """
-    outcomes: collections.Counter[Outcome] = collections.Counter()
+    finished = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tests.test_fuzzing",
+            parent,
+            str(seeds.start),
+            str(seeds.stop),
+            str(families),
+        ],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    result = json.loads(finished.stdout.splitlines()[-1])
+    assert not result["defects"], "\n".join(result["defects"])
+    return collections.Counter({Outcome(name): count for name, count in result["outcomes"].items()})
+
+
+def _try_all(parent: str, start: str, stop: str, families: str) -> None:
+    """The program of that process: print the outcomes and the defects as JSON."""
+    outcomes: collections.Counter[str] = collections.Counter()
     defects = []
     foreign = [kind for kind in KINDS if kind.name.startswith("config.json of Hugging Face")]
-    for kind in [*(kind for kind in KINDS if kind not in foreign), *foreign[:families]]:
-        directory = fuzzing.write_sample(kind, parent)
-        for seed in seeds:
+    tried = foreign if families == "None" else foreign[: int(families)]
+    for kind in [*(kind for kind in KINDS if kind not in foreign), *tried]:
+        directory = fuzzing.write_sample(kind, Path(parent))
+        for seed in range(int(start), int(stop)):
             attempt = fuzzing.try_once(kind, directory, seed=seed)
-            outcomes[attempt.outcome] += 1
+            outcomes[attempt.outcome.value] += 1
             if attempt.outcome is Outcome.DEFECT:
                 defects.append(f"{kind.name}, seed {seed}: {attempt.detail}")
-    assert not defects, "\n".join(defects)
-    return outcomes
+    print(json.dumps({"outcomes": outcomes, "defects": defects}))
 
 
 def test_damage_is_refused_by_name(tmp_path: Path) -> None:
@@ -86,3 +114,7 @@ def test_damage_is_the_same_by_seed() -> None:
     damaged = [json_mutation(content, random.Random(seed)) for seed in range(200)]
     assert damaged == [json_mutation(content, random.Random(seed)) for seed in range(200)]
     assert len(set(damaged)) > 150 and content not in damaged[:3]
+
+
+if __name__ == "__main__":
+    _try_all(*sys.argv[1:])
