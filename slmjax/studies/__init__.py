@@ -13,8 +13,10 @@ A recovery report compares quantization-aware training with the cost of rounding
 Files in reading order:
 
 - arms.py: trained and derived arms; derived.py makes the models of derived ones.
-- study.py: a study and its members, run and resumed.
-- statistics.py, ratios.py: summaries, paired differences, Holm's correction, ratios with intervals.
+- statistics/: samples, verdicts and power, on plain numbers.
+- changes.py: changes of an experiment by field paths.
+- design.py: budgets, quantities that are made equal, rates that are tuned.
+- study.py: a study and its members; running.py runs and resumes them.
 - findings.py: comparisons and verdicts; layout.py shows them; text_tables.py aligns their tables.
 - sweeps.py: each arm at its own best learning rate.
 - recovery.py: what quantization-aware training recovers; recovery_layout.py shows it.
@@ -23,6 +25,7 @@ Files in reading order:
 from slmjax.quantization.ptq.round_to_nearest import Clip
 from slmjax.studies.arms import Arm, Derivation, Derived
 from slmjax.studies.derived import RoundToNearest
+from slmjax.studies.design import Budget, Dimension, LearningRates, Match, Quantity
 from slmjax.studies.findings import ArmSummary, Comparison, Findings, analyze
 from slmjax.studies.layout import (
     findings_json,
@@ -31,7 +34,6 @@ from slmjax.studies.layout import (
     print_findings,
     write_findings,
 )
-from slmjax.studies.ratios import RecoveredFraction, recovered_fraction
 from slmjax.studies.recovery import (
     ArmRecovery,
     Measurement,
@@ -49,30 +51,32 @@ from slmjax.studies.recovery_layout import (
     recovery_table,
     write_recovery,
 )
-from slmjax.studies.statistics import (
+from slmjax.studies.running import Interrupted, run_study
+from slmjax.studies.statistics.ratios import RecoveredFraction, recovered_fraction
+from slmjax.studies.statistics.samples import (
     PairedDifference,
     Summary,
-    Verdict,
     bootstrap_interval,
-    decide,
     holm,
     paired_difference,
     summarize,
 )
+from slmjax.studies.statistics.verdicts import Verdict, decide
 from slmjax.studies.study import (
     MEMBERS,
-    Budget,
-    Interrupted,
     Member,
     OnChange,
     Study,
     member_experiment,
     read_members,
-    run_study,
 )
 from slmjax.studies.sweeps import ChosenRate, RateSweep, at_rates, best_rates
 
 __all__ = [
+    "Quantity",
+    "Match",
+    "LearningRates",
+    "Dimension",
     "Arm",
     "ArmRecovery",
     "ArmSummary",

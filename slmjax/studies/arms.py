@@ -8,8 +8,9 @@ derived = Derived(name="rounded", source="full precision", derivation=RoundToNea
 import abc
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from slmjax.training.experiment import Experiment
 
@@ -27,8 +28,10 @@ class Arm:
     """An arm that is trained."""
 
     name: str  # shown in tables; its letters, digits and dots name the directory of its runs
-    # the same for all seeds, or a function of the seed; the study sets seeds and directories of runs
-    experiment: Experiment | Callable[[int], Experiment]
+    # the same for all seeds, or a function of the seed (none: the base of the study)
+    experiment: Experiment | Callable[[int], Experiment] | None = None
+    # what differs from that experiment: values by field path, or a function of the experiment
+    changes: Mapping[str, Any] | Callable[[Experiment], Experiment] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         directory_name(self.name)
@@ -37,10 +40,6 @@ class Arm:
     def directory(self) -> str:
         """Name of the arm's directory."""
         return directory_name(self.name)
-
-    def of_seed(self, seed: int) -> Experiment:
-        """Return the experiment for a seed, before the study sets its own fields."""
-        return self.experiment if isinstance(self.experiment, Experiment) else self.experiment(seed)
 
 
 # An interface, so that a study does not depend on the methods of quantization.

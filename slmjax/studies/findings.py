@@ -16,15 +16,8 @@ from slmjax.data import provenance
 from slmjax.data.lost_text import lost_note
 from slmjax.runner import trainer
 from slmjax.studies.arms import Arm, Derived
-from slmjax.studies.statistics import (
-    PairedDifference,
-    Summary,
-    Verdict,
-    decide,
-    holm,
-    paired_difference,
-    summarize,
-)
+from slmjax.studies.statistics.samples import PairedDifference, Summary, holm, paired_difference, summarize
+from slmjax.studies.statistics.verdicts import Verdict, decide
 from slmjax.studies.study import FINISHED, Member, Study, member_experiment
 
 COMPLETIONS = f"the completions of {trainer.ALL}"  # as in `EvalResult.measured_on`

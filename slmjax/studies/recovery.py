@@ -26,8 +26,8 @@ from slmjax.quantization.assignment import CACHE
 from slmjax.quantization.plan import assignment_lines
 from slmjax.quantization.rules import QuantPhase
 from slmjax.studies.derived import evaluate_member
-from slmjax.studies.ratios import RecoveredFraction, recovered_fraction
-from slmjax.studies.statistics import PairedDifference, Summary, holm, paired_difference, summarize
+from slmjax.studies.statistics.ratios import RecoveredFraction, recovered_fraction
+from slmjax.studies.statistics.samples import PairedDifference, Summary, holm, paired_difference, summarize
 from slmjax.studies.study import FINISHED, Member, Study, member_experiment
 from slmjax.studies.sweeps import ChosenRate, check_chosen
 from slmjax.telemetry.run_directory import RunLog, read_log

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Group
 
 from slmjax.studies.recovery import ArmRecovery, RecoveryOver, RecoveryReport
-from slmjax.studies.statistics import Interval, PairedDifference, Summary
+from slmjax.studies.statistics.samples import Interval, PairedDifference, Summary
 from slmjax.studies.text_tables import (
     ABSENT,
     TextTable,

@@ -18,20 +18,17 @@ import dataclasses
 import enum
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-from rich.console import Console
-
 from slmjax.config import fingerprint, near_names
-from slmjax.runner import trainer
 from slmjax.stored_json import check_object
 from slmjax.studies.arms import Arm, Derived
-from slmjax.studies.derived import derive
-from slmjax.telemetry.run_directory import RunLog, plain, read_log, read_result, with_present_names
-from slmjax.training.experiment import Experiment, read_experiment, with_absolute_paths
+from slmjax.studies.changes import with_changes
+from slmjax.studies.design import Budget, LearningRates, Match
+from slmjax.studies.statistics.results_table import Rules
+from slmjax.telemetry.run_directory import read_log, with_present_names
+from slmjax.training.experiment import Experiment
 
 log = logging.getLogger(__name__)
 
@@ -50,20 +47,6 @@ _METRICS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Budget:
-    """The metric that must be equal for all arms for a fair comparison."""
-
-    metric: str = "tokens"  # of each run, over all of its sessions: tokens, seconds, step
-    tolerance: float = 0.0  # largest difference between arms of a seed, as a fraction of the largest value
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(
-                f"the budget's tolerance is {self.tolerance}: give a fraction from 0 to below 1, such as 0.02"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
     """Arms, seeds, and the criteria of verdicts, all fixed before anything is trained."""
 
@@ -75,9 +58,19 @@ class Study:
     baseline: str  # name of the arm that every other is compared with
     # the metric of verdicts: a field of the result, or of the last evaluation in the log
     metric: str = "bits_per_byte"
+    question: str = ""  # in words, for the report
+    base: Experiment | None = None  # the experiment of arms that only name their changes
     lower_is_better: bool = True  # whether a lower metric is better
     further_metrics: tuple[str, ...] = ()  # to report without a verdict
     budget: Budget = Budget()
+    matched: tuple[Match, ...] = ()  # made equal to the baseline's before anything is trained
+    tune: LearningRates | None = None  # each arm is trained at its own best learning rate
+    comparisons: tuple[tuple[str, str], ...] = ()  # (arm, other arm), besides each arm with the baseline
+    # a difference of the metric up to this counts as none: "equal" is then a verdict (none: it is not)
+    equal_within: float | None = None
+    smallest_effect: float | None = None  # the smallest difference worth having, for power
+    # numbers of seeds at which verdicts are drawn, so that seeds may be added (none: once, with all seeds)
+    looks: tuple[int, ...] = ()
     confidence: float = 0.95  # of intervals; the probability of any false verdict is at most 1 - confidence
 
     def __post_init__(self) -> None:
@@ -95,10 +88,7 @@ class Study:
                 f"the baseline {self.baseline!r} is not an arm.{near_names(self.baseline, names)} Arms are "
                 f"{', '.join(names)}"
             )
-        if not 0 < self.confidence < 1:
-            raise ValueError(
-                f"confidence is {self.confidence}: give a fraction between 0 and 1, such as 0.95"
-            )
+        _ = self.rules  # which checks its fields
         for i, arm in enumerate(self.arms):
             # Members are made in this order, and a derived one needs its source.
             if isinstance(arm, Derived) and arm.source not in names[:i]:
@@ -107,6 +97,36 @@ class Study:
                     f"{arm.name!r} is derived from {arm.source!r}, which is not an arm before it.{near} "
                     f"Before it are {names[:i]}"
                 )
+
+    @property
+    def rules(self) -> Rules:
+        """What turns results into verdicts."""
+        return Rules(
+            confidence=self.confidence,
+            lower_is_better=self.lower_is_better,
+            equal_within=self.equal_within,
+            smallest_effect=self.smallest_effect,
+            looks=self.looks,
+        )
+
+    def experiment(self, name: str, seed: int) -> Experiment:
+        """Return the experiment of an arm, before the study sets seeds and directory.
+
+        For a derived arm, it is that of its source.
+        """
+        arm = self.trained(name)
+        if isinstance(arm.experiment, Experiment):
+            experiment = arm.experiment
+        elif arm.experiment is not None:
+            experiment = arm.experiment(seed)
+        elif self.base is not None:
+            experiment = self.base
+        else:
+            raise ValueError(f"arm {name!r} has no experiment: give the arm one, or the study a base")
+        try:
+            return arm.changes(experiment) if callable(arm.changes) else with_changes(experiment, arm.changes)
+        except ValueError as error:
+            raise ValueError(f"arm {arm.name!r}: {error}") from None
 
     def arm(self, name: str) -> Arm | Derived:
         """Return the arm of a name. Raises ValueError if there is none."""
@@ -160,19 +180,12 @@ class OnChange(enum.Enum):
     REDO = "redo"  # train them again; the old runs stay in the directory
 
 
-class Interrupted(RuntimeError):
-    """The study was stopped during the training of a member, whose state is saved."""
-
-
-Train = Callable[..., trainer.Result]  # as `trainer.train`
-
-
 def member_experiment(study: Study, arm: str, seed: int) -> Experiment:
     """Return the experiment of an arm with a seed, for the initial parameters and the order of the data.
 
     For a derived arm, it is that of its source.
     """
-    experiment = study.trained(arm).of_seed(seed)
+    experiment = study.experiment(arm, seed)
     # The directory of the study is not part of the experiment, so that it can be moved.
     run = dataclasses.replace(experiment.run, seed=seed, directory="runs")
     # One seed for parameters and data: arms of a seed then see the same batches.
@@ -236,147 +249,3 @@ def read_members(
             "train them again with on_change=OnChange.REDO"
         )
     return tuple(member for member in members if member not in stale)
-
-
-def run_study(
-    study: Study,
-    directory: str | Path,
-    *,
-    on_change: OnChange = OnChange.REFUSE,
-    train: Train = trainer.train,
-    console: Console | None = None,
-) -> tuple[Member, ...]:
-    """Train the members that have not ended yet, and return all of them.
-
-    A member that diverges or fails is recorded as such, and the study continues. Called again, it skips
-    members that finished or diverged, retries those that failed, and resumes an interrupted run from its
-    newest checkpoint.
-
-    Args:
-      study: the arms and seeds.
-      directory: directory of runs and records; created if it does not exist.
-      on_change: handling of members whose experiment has changed.
-      train: a replacement for `trainer.train`.
-      console: where to show progress (none: standard output).
-
-    Raises:
-      ValueError: an experiment has changed (`read_members`), or there are several processes.
-      Interrupted: the current run was stopped by a signal, and has saved its state.
-    """
-    # Each process would train, record and skip members on its own.
-    if jax.process_count() > 1:
-        raise ValueError(
-            "a study runs in one process: use one host, or train its members separately on several hosts"
-        )
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    done = {
-        (member.arm, member.seed): member for member in read_members(study, directory, on_change=on_change)
-    }
-    # Seeds in the outer loop: an interrupted study has complete pairs.
-    with RunLog(directory / MEMBERS) as records:
-        for seed in study.seeds:
-            for arm in study.arms:
-                # A failure may be of the machine, such as a full disk, and is tried again; divergence is a
-                # result.
-                if (arm.name, seed) in done and done[arm.name, seed].status != FAILED:
-                    continue
-                if isinstance(arm, Derived):
-                    member = _derive_member(study, arm, seed, directory, source=done[arm.source, seed])
-                else:
-                    member = _train_member(study, arm, seed, directory, train=train, console=console)
-                # Written as soon as a member ends: a later crash cannot lose it.
-                records.write("member", **dataclasses.asdict(member))
-                done[arm.name, seed] = member
-    return read_members(study, directory)
-
-
-def _train_member(
-    study: Study, arm: Arm, seed: int, directory: Path, *, train: Train, console: Console | None
-) -> Member:
-    """Start or resume the run of a member."""
-    # The fingerprint is that of the plan, without the directory of the study.
-    plan = member_experiment(study, arm.name, seed)
-    run_parent = (directory / arm.directory / f"seed-{seed}").absolute()
-    experiment = with_absolute_paths(
-        dataclasses.replace(plan, run=dataclasses.replace(plan.run, directory=str(run_parent)))
-    )
-    about: dict[str, Any] = {"arm": arm.name, "seed": seed, "fingerprint": fingerprint(plan)}
-    log.info("study %s: arm %s, seed %d", study.name, arm.name, seed)
-    # A run may have ended just before its line was written: then only the line is missing.
-    run, result = _earlier_run(run_parent, experiment)
-    if result is None:
-        try:
-            result = plain(dataclasses.asdict(train(experiment, resume=run, console=console)))
-        except Exception as error:  # a failure is a result too, and no reason to lose the other arms
-            log.exception("study %s: arm %s, seed %d failed", study.name, arm.name, seed)
-            return Member(
-                **about, status=FAILED, result={}, evaluation={}, error=f"{type(error).__name__}: {error}"
-            )
-    # A signal stops the whole study, not only this member.
-    if result["status"] not in (FINISHED, DIVERGED):
-        raise Interrupted(
-            f"stopped at arm {arm.name}, seed {seed}, whose run is saved: run the study again to resume it"
-        )
-    return Member(
-        **about, status=result["status"], result=result, evaluation=_final_evaluation(Path(result["run_dir"]))
-    )
-
-
-def _derive_member(study: Study, arm: Derived, seed: int, directory: Path, *, source: Member) -> Member:
-    """Derive a member from another arm's of the same seed."""
-    about: dict[str, Any] = {
-        "arm": arm.name,
-        "seed": seed,
-        "fingerprint": member_fingerprint(study, arm.name, seed),
-    }
-    # A failure, and so retried: its source may be trained by then.
-    if source.status != FINISHED:
-        error = f"{source.arm} is {source.status} with this seed, so there is nothing to derive it from"
-        return Member(**about, status=FAILED, result={}, evaluation={}, error=error)
-    log.info("study %s: arm %s, seed %d, derived from %s", study.name, arm.name, seed, source.arm)
-    out = (directory / arm.directory / f"seed-{seed}" / "model").absolute()
-    try:
-        result, evaluation = derive(
-            arm.derivation, source.result, member_experiment(study, arm.name, seed), out=out
-        )
-    except Exception as error:  # as for a training
-        log.exception("study %s: arm %s, seed %d failed", study.name, arm.name, seed)
-        return Member(
-            **about, status=FAILED, result={}, evaluation={}, error=f"{type(error).__name__}: {error}"
-        )
-    return Member(**about, status=FINISHED, result=plain(result), evaluation=plain(evaluation))
-
-
-def _earlier_run(run_parent: Path, experiment: Experiment) -> tuple[Path | None, dict[str, Any] | None]:
-    """Return the newest run of this experiment that can be resumed, and its result if it ended unrecorded."""
-    for run in sorted(
-        (path.parent for path in run_parent.glob("[!.]*/config.json")),
-        key=lambda run: run.stat().st_mtime,
-        reverse=True,
-    ):
-        try:
-            # Runs of an earlier version of the arm stay in the directory, and must not be resumed.
-            if fingerprint(read_experiment(run)) != fingerprint(experiment):
-                continue
-        except ValueError:  # written by a version with other settings
-            continue
-        if (result := read_result(run)) is not None and result["status"] in (FINISHED, DIVERGED):
-            return run, result
-        # A run that was stopped before its first checkpoint starts again.
-        if any(path.name.isdigit() for path in (run / "checkpoints").glob("*")):
-            return run, None
-    return None, None
-
-
-def _final_evaluation(run: Path) -> dict[str, Any]:
-    """Return the log's last evaluation on all held-out text."""
-    path = run / "log.jsonl"
-    records = (
-        [record for record in read_log(path, kind="eval") if record.get("complete")] if path.is_file() else []
-    )
-    return (
-        {name: value for name, value in records[-1].items() if name not in ("kind", "time")}
-        if records
-        else {}
-    )

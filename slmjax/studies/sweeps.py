@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from slmjax.studies.arms import Arm, Derived
+from slmjax.studies.changes import with_changes
 from slmjax.studies.study import Member, Study
 from slmjax.training.experiment import Experiment
 
@@ -145,7 +146,7 @@ def check_chosen(study: Study, arm: str, chosen: ChosenRate) -> None:
             "another seed"
         )
     # Catches a study whose arms were not passed through `at_rates`.
-    rate = study.trained(arm).of_seed(study.seeds[0]).optim.lr
+    rate = study.experiment(arm, study.seeds[0]).optim.lr
     if rate != chosen.rate:
         raise ValueError(
             f"{arm!r} is trained at optim.lr={rate:g}, but {chosen.rate:g} was chosen for it: give the study "
@@ -158,8 +159,10 @@ def _name(arm: str, rate: float) -> str:
 
 
 def _at_rate(arm: Arm, rate: float, *, name: str) -> Arm:
-    experiment = arm.experiment
-    if isinstance(experiment, Experiment):
-        return Arm(name=name, experiment=with_rate(experiment, rate))
-    # An experiment that depends on the seed is only known once the study passes one.
-    return Arm(name=name, experiment=lambda seed: with_rate(experiment(seed), rate))
+    changes = arm.changes
+
+    def at_rate(experiment: Experiment) -> Experiment:
+        changed = changes(experiment) if callable(changes) else with_changes(experiment, changes)
+        return with_rate(changed, rate)
+
+    return dataclasses.replace(arm, name=name, changes=at_rate)

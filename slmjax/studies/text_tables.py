@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from slmjax.studies.statistics import Interval, PairedDifference, Summary
+from slmjax.studies.statistics.samples import Interval, PairedDifference, Summary
 from slmjax.telemetry.columns import print_columns
 
 ABSENT = "—"

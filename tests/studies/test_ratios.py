@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from slmjax.studies import recovered_fraction
-from slmjax.studies.ratios import fieller_interval
+from slmjax.studies.statistics.ratios import fieller_interval
 
 
 def figures(num: int, *, share: float = 0.6, seed: int = 0) -> tuple[list[float], list[float], list[float]]:

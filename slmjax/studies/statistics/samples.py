@@ -1,8 +1,7 @@
-"""Statistics of few seeds: summaries, paired differences with intervals, Holm's correction, verdicts.
+"""Samples of few seeds: summaries, paired differences with intervals, Holm's correction.
 
     difference = paired_difference([1.41, 1.43, 1.40], [1.45, 1.46, 1.45])   # an arm minus the other
     (adjusted,) = holm([difference.p_value])
-    verdict = decide(difference.mean, adjusted)                              # Verdict.BETTER
 
 Seeds are paired: both arms of a pair have the same initial random key and the same order of the data, and
 what they have in common cancels in the difference. All values are float64; intervals are of a single
@@ -12,7 +11,6 @@ N: values, one for each seed.
 """
 
 import dataclasses
-import enum
 import math
 from collections.abc import Sequence
 
@@ -193,22 +191,6 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = largest
     return tuple(adjusted)
-
-
-class Verdict(enum.Enum):
-    """Result of a comparison. "Not resolved" is not "equal": its interval may allow a large difference."""
-
-    BETTER = "better"
-    WORSE = "worse"
-    NOT_RESOLVED = "not resolved"
-
-
-def decide(mean: float, adjusted_p: float, *, lower_is_better: bool = True, level: float = 0.05) -> Verdict:
-    """Return the verdict on an arm from its mean difference to another arm and the adjusted p value."""
-    # Written as `not <=`, so that NaN resolves nothing.
-    if not adjusted_p <= level or mean == 0:
-        return Verdict.NOT_RESOLVED
-    return Verdict.BETTER if (mean < 0) is lower_is_better else Verdict.WORSE
 
 
 def _finite(values: Sequence[float]) -> Float[np.ndarray, " N"]:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from slmjax.studies.statistics import (
+from slmjax.studies.statistics.samples import (
     Interval,
     PairedDifference,
     paired_difference,

@@ -1,0 +1,9 @@
+"""The statistics of studies, on plain numbers: no experiment and no run is known here.
+
+Files in reading order:
+
+- samples.py: summaries, paired differences, bootstrap intervals, Holm's correction
+- ratios.py: ratios with intervals
+- results_table.py: arms by seeds, and the rules of verdicts
+- verdicts.py: verdicts on comparisons
+"""
