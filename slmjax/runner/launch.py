@@ -158,7 +158,13 @@ def _write_description(setup: Setup, run: RunDirectory, code: str | Path | None)
 def open_trackers(run: RunDirectory, experiment: Experiment) -> Trackers:
     """Return the trackers of the experiment; only the first process writes to them."""
     trackers = experiment.run.trackers if jax.process_index() == 0 else ()
-    return Trackers(trackers, directory=run.path, name=run.path.name, config=config_io.to_json(experiment))
+    return Trackers(
+        trackers,
+        directory=run.path,
+        name=run.path.name,
+        group=experiment.run.group,
+        config=config_io.to_json(experiment),
+    )
 
 
 def num_parameters(definition: Definition) -> int:

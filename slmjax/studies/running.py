@@ -108,8 +108,13 @@ def _train_member(
     # The fingerprint is that of the plan, without the directory of the study.
     plan = member_experiment(study, arm.name, seed)
     run_parent = (directory / arm.directory / f"seed-{seed}").absolute()
+    # Without trackers nothing shows the group, and runs of earlier versions can be resumed.
+    group = plan.run.group or (study.name if plan.run.trackers else None)
     experiment = with_absolute_paths(
-        dataclasses.replace(plan, run=dataclasses.replace(plan.run, directory=str(run_parent)))
+        dataclasses.replace(
+            plan,
+            run=dataclasses.replace(plan.run, directory=str(run_parent), group=group),
+        )
     )
     about: dict[str, Any] = {"arm": arm.name, "seed": seed, "fingerprint": fingerprint(plan)}
     log.info("study %s: arm %s, seed %d", study.name, arm.name, seed)

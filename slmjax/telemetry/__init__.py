@@ -8,7 +8,7 @@ Files in reading order:
 - meter.py: tokens per second, utilisation, waiting
 - progress.py: the progress bar
 - profiling.py: traces of a few steps
-- trackers.py: TensorBoard and Weights & Biases
+- trackers.py: TensorBoard, Weights & Biases and Trackio
 - columns.py: tables of text for terminals and pipes
 - report: pages for people
 """

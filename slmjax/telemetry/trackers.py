@@ -1,4 +1,4 @@
-"""Metrics of a run in other programs: TensorBoard and Weights & Biases (the `track` extra).
+"""Metrics of a run in other programs: TensorBoard, Weights & Biases and Trackio (the `track` extra).
 
     with Trackers(run.trackers, directory=path, name=path.name, config=settings) as trackers:
         trackers.write("train", step=10, loss=3.2, grad_norms={"embed": 0.1})
@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +32,7 @@ class Tracker(enum.Enum):
 
     TENSORBOARD = "tensorboard"  # event files in the run's directory, by tensorboardX
     WANDB = "wandb"  # Weights & Biases; nothing leaves this machine with WANDB_MODE=offline
+    TRACKIO = "trackio"  # Trackio, which keeps its project on this machine unless its own variables say else
 
 
 class Sink(abc.ABC):
@@ -58,9 +60,9 @@ _LEAST_FREE_BYTES = 4 * 2**20
 
 
 class _TensorBoard(Sink):
-    def __init__(self, *, directory: Path, name: str, config: Mapping[str, Any]) -> None:
-        # Both are in the run directory.
-        del name, config
+    def __init__(self, *, directory: Path, name: str, group: str | None, config: Mapping[str, Any]) -> None:
+        # All three are in the run directory, or in its path.
+        del name, group, config
         from tensorboardX import SummaryWriter
 
         # A suffix for each session: two sessions that begin within a second would write to one file.
@@ -101,7 +103,7 @@ class _TensorBoard(Sink):
 
 
 class _Wandb(Sink):
-    def __init__(self, *, directory: Path, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, *, directory: Path, name: str, group: str | None, config: Mapping[str, Any]) -> None:
         import wandb
 
         # The id is the name of the directory, so that a resumed run continues its curves.
@@ -110,6 +112,7 @@ class _Wandb(Sink):
             dir=str(directory),
             id=name,
             name=name,
+            group=group,
             config=dict(config),
             resume="allow",
         )
@@ -127,14 +130,55 @@ class _Wandb(Sink):
         pass
 
 
-_SINKS: dict[Tracker, Callable[..., Sink]] = {Tracker.TENSORBOARD: _TensorBoard, Tracker.WANDB: _Wandb}
+class _Trackio(Sink):
+    def __init__(self, *, directory: Path, name: str, group: str | None, config: Mapping[str, Any]) -> None:
+        # Its database holds all runs of a project, in a directory of its own.
+        del directory
+        # It prints where the dashboard is; standard output may be read by a program.
+        with contextlib.redirect_stdout(sys.stderr):
+            import trackio
+
+            self._run = trackio.init(
+                project=os.environ.get("TRACKIO_PROJECT", "slmjax"),
+                name=name,
+                group=group,
+                config=dict(config),
+                resume="allow",
+                embed=False,
+            )
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._run.log({name: text}, step=step)
+
+    def close(self) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            self._run.finish()
+
+    def abandon(self) -> None:
+        pass
+
+
+_SINKS: dict[Tracker, Callable[..., Sink]] = {
+    Tracker.TENSORBOARD: _TensorBoard,
+    Tracker.WANDB: _Wandb,
+    Tracker.TRACKIO: _Trackio,
+}
 
 
 class Trackers:
     """The trackers of a run."""
 
     def __init__(
-        self, trackers: Iterable[Tracker], *, directory: Path, name: str, config: Mapping[str, Any]
+        self,
+        trackers: Iterable[Tracker],
+        *,
+        directory: Path,
+        name: str,
+        config: Mapping[str, Any],
+        group: str | None = None,
     ) -> None:
         """Open the trackers.
 
@@ -143,6 +187,7 @@ class Trackers:
           directory: the run directory.
           name: the name of the run, which is its id where a tracker needs one.
           config: the settings of the run, as in config.json.
+          group: what the run is shown under together with others, such as its study.
 
         Raises:
           ValueError: the package of a tracker is not installed.
@@ -150,7 +195,9 @@ class Trackers:
         self._sinks: dict[Tracker, Sink] = {}
         for tracker in trackers:
             try:
-                self._sinks[tracker] = _SINKS[tracker](directory=directory, name=name, config=config)
+                self._sinks[tracker] = _SINKS[tracker](
+                    directory=directory, name=name, group=group, config=config
+                )
             except ImportError as error:
                 raise ValueError(
                     f"run.trackers has {tracker.value}, which needs a package that is not installed "

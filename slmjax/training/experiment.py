@@ -135,7 +135,10 @@ class RunConfig:
     sample: SamplingConfig = SamplingConfig(
         temperature=0.8, top_k=40
     )  # temperature, length and more of these texts
-    trackers: tuple[Tracker, ...] = ()  # where the log's metrics go as well: tensorboard, wandb
+    # where the log's metrics go as well: tensorboard, wandb, trackio
+    trackers: tuple[Tracker, ...] = ()
+    # under which trackers show the run together with others (none: alone, or with the runs of its study)
+    group: str | None = config_io.added_field(None, before=None)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.log_every < 1:

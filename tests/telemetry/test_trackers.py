@@ -1,7 +1,10 @@
 """slmjax.telemetry.trackers, with the real packages: what they wrote is read back."""
 
+import contextlib
+import json
 import logging
 import shutil
+import sqlite3
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +60,27 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         trackers.write("sample", step=10, prompt="a", text="abc")
     [remaining] = (tmp_path / "wandb").glob("offline-run-*/run-run-1.wandb")
     assert b"train/grad_norms/layers/0" in remaining.read_bytes()
+
+
+def test_trackio_keeps_numbers_and_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Read once, when the package is imported.
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    for name in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
+    for step in (10, 20):  # the second time as a resumed run does
+        with Trackers(
+            [Tracker.TRACKIO], directory=tmp_path, name="run-1", group="depth", config={}
+        ) as trackers:
+            trackers.write("train", step=step, **RECORD)
+            trackers.write("sample", step=step, text="abc")
+    with contextlib.closing(sqlite3.connect(tmp_path / "slmjax.db")) as database:
+        rows = database.execute("select run_name, step, metrics from metrics").fetchall()
+        [(settings,)] = database.execute("select config from configs").fetchall()
+    assert {(name, step) for name, step, _ in rows} == {("run-1", 10), ("run-1", 20)}
+    assert json.loads(settings)["_Group"] == "depth"
+    values = [json.loads(metrics) for *_, metrics in rows]
+    assert {"train/loss": 3.5, "train/grad_norms/layers/0": 0.25}.items() <= values[0].items()
+    assert {"sample/text": "abc"} in values
 
 
 def test_a_tracker_that_fails_is_warned_of_once(
