@@ -17,6 +17,7 @@ Files in reading order:
 - changes.py: changes of an experiment by field paths.
 - design.py: budgets, quantities that are made equal, rates that are tuned.
 - study.py: a study and its members; running.py runs and resumes them.
+- questions.py: what is asked of results, and their table; caveats.py: notes on what does not compare.
 - findings.py: comparisons and verdicts; layout.py shows them; text_tables.py aligns their tables.
 - sweeps.py: each arm at its own best learning rate.
 - recovery.py: what quantization-aware training recovers; recovery_layout.py shows it.
@@ -26,14 +27,22 @@ from slmjax.quantization.ptq.round_to_nearest import Clip
 from slmjax.studies.arms import Arm, Derivation, Derived
 from slmjax.studies.derived import RoundToNearest
 from slmjax.studies.design import Budget, Dimension, LearningRates, Match, Quantity
-from slmjax.studies.findings import ArmSummary, Comparison, Findings, analyze
+from slmjax.studies.findings import (
+    ArmSummary,
+    Comparison,
+    Divergence,
+    Findings,
+    analyze,
+    read_findings,
+    write_findings,
+)
 from slmjax.studies.layout import (
     findings_json,
     findings_markdown,
     findings_table,
     print_findings,
-    write_findings,
 )
+from slmjax.studies.questions import Question
 from slmjax.studies.recovery import (
     ArmRecovery,
     Measurement,
@@ -85,7 +94,9 @@ __all__ = [
     "Clip",
     "Comparison",
     "Derived",
+    "Divergence",
     "Findings",
+    "Question",
     "Interrupted",
     "Measurement",
     "MEMBERS",
@@ -117,6 +128,7 @@ __all__ = [
     "paired_difference",
     "print_findings",
     "print_recovery",
+    "read_findings",
     "read_members",
     "recovered_fraction",
     "recovery_json",

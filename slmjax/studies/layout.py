@@ -1,12 +1,12 @@
 """Findings as tables for a terminal, as Markdown for a log, and as JSON."""
 
-import dataclasses
-from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 
-from slmjax.atomic_files import write_text
-from slmjax.studies.findings import Comparison, Findings, format_count
+from slmjax.config import to_json
+from slmjax.studies.caveats import format_count
+from slmjax.studies.findings import Comparison, Findings
 from slmjax.studies.text_tables import (
     ABSENT,
     TextTable,
@@ -20,41 +20,38 @@ from slmjax.studies.text_tables import (
     signed,
     with_deviation,
     with_interval,
-    with_renamed_keys,
 )
-from slmjax.telemetry.run_directory import plain, write_json
 
 
 def findings_table(findings: Findings) -> Group:
     """Return the findings for a console of rich; `print_findings` prints them at any width."""
-    return console_tables(_text_tables(findings), (budget_line(findings), *findings.notes))
+    return console_tables(_text_tables(findings), _lines(findings))
 
 
 def print_findings(findings: Findings) -> None:
     """Print the findings to standard output, complete in a pipe and on a terminal of any width."""
-    print_tables(_text_tables(findings), (budget_line(findings), *findings.notes))
+    print_tables(_text_tables(findings), _lines(findings))
 
 
 def findings_markdown(findings: Findings) -> str:
     """Return the findings as Markdown, for an entry of experiments/LOG.md."""
-    return markdown_tables(_text_tables(findings), (budget_line(findings), *findings.notes))
+    return markdown_tables(_text_tables(findings), _lines(findings))
 
 
-def findings_json(findings: Findings) -> dict:
-    """Return the findings for JSON, unrounded."""
-    # The key of further metrics in files is older than the field's name.
-    return with_renamed_keys(plain(dataclasses.asdict(findings)), {"further_metrics": "figures"})
+def findings_json(findings: Findings) -> dict[str, Any]:
+    """Return the findings as in findings.json, unrounded."""
+    return to_json(findings)
 
 
-def write_findings(findings: Findings, directory: str | Path) -> Path:
-    """Write study.json and study.md to the study's directory; returns the path of study.json."""
-    # For people: study.json has the same, unrounded, for programs.
-    write_text(Path(directory) / "study.md", findings_markdown(findings))
-    return write_json(Path(directory) / "study.json", findings_json(findings))
+def _lines(findings: Findings) -> list[str]:
+    """Return the lines below the tables."""
+    return [line for line in (budget_line(findings), *findings.notes) if line]
 
 
 def budget_line(findings: Findings) -> str:
-    """Return a sentence on whether the arms had the same budget."""
+    """Return a sentence on whether the arms had the same budget; empty if none is compared."""
+    if findings.budget is None:
+        return ""
     if findings.is_matched is None:
         return f"Budget: no two arms have finished a seed, so their {findings.budget} cannot be compared yet."
     # Derived arms may have no budget of their own.
@@ -78,7 +75,7 @@ def _text_tables(findings: Findings) -> list[TextTable]:
         rows = tuple(
             (
                 f"{comparison.arm} − {comparison.against}",
-                str(len(comparison.seeds)),
+                "0" if comparison.judgement is None else str(len(comparison.judgement.seeds)),
                 *_comparison_cells(comparison),
             )
             for comparison in others
@@ -94,7 +91,7 @@ def _text_tables(findings: Findings) -> list[TextTable]:
     if findings.arms and findings.arms[0].further_metrics:
         names = tuple(findings.arms[0].further_metrics)
         head = ("arm", *(column for name in names for column in (in_words(name), "difference")))
-        about = f"difference to {findings.baseline} with its {100 * findings.confidence:g}% t interval"
+        about = f"difference to {findings.baseline} with its {100 * findings.rules.confidence:g}% t interval"
         columns = [column for name in names for column in _further_columns(findings, with_baseline, name)]
         rows = tuple(zip([summary.arm for summary in findings.arms], *columns, strict=True))
         text_tables.append(
@@ -119,7 +116,7 @@ def _arms_table(findings: Findings, comparisons: list[Comparison]) -> TextTable:
         )
         rows.append((summary.arm, str(len(summary.seeds)), mean, *cells))
     metric = in_words(findings.metric)
-    way = "lower" if findings.lower_is_better else "higher"
+    way = "lower" if findings.rules.lower_is_better else "higher"
     title = (
         f"{findings.study}: {metric}, {way} is better; mean ± standard deviation over seeds "
         f"{listed(findings.seeds)}"
@@ -129,24 +126,24 @@ def _arms_table(findings: Findings, comparisons: list[Comparison]) -> TextTable:
 
 
 def _comparison_head(findings: Findings) -> tuple[str, ...]:
-    confidence = f"{100 * findings.confidence:g}%"
+    confidence = f"{100 * findings.rules.confidence:g}%"
     return f"{confidence} t interval", f"{confidence} bootstrap", "p (Holm)", "verdict"
 
 
 def _comparison_cells(comparison: Comparison) -> tuple[str, ...]:
     verdict = comparison.verdict.value
-    if (difference := comparison.difference) is None or comparison.adjusted_p is None:
+    if (judgement := comparison.judgement) is None:
         return ABSENT, ABSENT, ABSENT, ABSENT, verdict
     # No more decimals than the noise of this comparison allows.
-    decimals = num_decimals(difference.standard_error, difference.mean)
+    decimals = num_decimals(judgement.standard_error, judgement.difference)
     # The t test of a few seeds does not support more digits.
-    p = "< 0.001" if comparison.adjusted_p < 0.001 else f"{comparison.adjusted_p:.3f}"
+    p = "< 0.001" if judgement.adjusted_p < 0.001 else f"{judgement.adjusted_p:.3f}"
     # Without noise, intervals have no width, and would look exact.
     intervals = [
-        interval_text(interval, decimals) if difference.has_noise else ABSENT
-        for interval in (difference.t_interval, difference.bootstrap_interval)
+        interval_text(interval, decimals) if judgement.standard_error else ABSENT
+        for interval in (judgement.interval, judgement.bootstrap_interval)
     ]
-    return signed(difference.mean, decimals), *intervals, p, verdict
+    return signed(judgement.difference, decimals), *intervals, p, verdict
 
 
 def _further_columns(

@@ -24,6 +24,7 @@ from slmjax.studies import (
     analyze,
     findings_markdown,
     findings_table,
+    read_findings,
     run_study,
     write_findings,
 )
@@ -75,11 +76,11 @@ def test_comparisons_are_paired_by_seed_and_one_family(tmp_path: Path) -> None:
     assert [(one.arm, one.against) for one in findings.comparisons] == pairs
     expected = [float(stats.ttest_rel(BITS[arm], BITS[against]).pvalue) for arm, against in pairs]
     np.testing.assert_allclose(
-        [one.difference.p_value for one in findings.comparisons if one.difference], expected
+        [one.judgement.p_value for one in findings.comparisons if one.judgement], expected
     )
     order = np.argsort(expected)
     assert list(order) == [0, 2, 1]
-    adjusted = [one.adjusted_p for one in findings.comparisons]
+    adjusted = [one.judgement.adjusted_p for one in findings.comparisons if one.judgement]
     assert adjusted == pytest.approx(
         [3 * expected[0], max(expected[1], 2 * expected[2]), max(3 * expected[0], 2 * expected[2])]
     )
@@ -106,10 +107,11 @@ def test_a_member_that_did_not_finish_is_left_out_of_its_pairs_aloud(tmp_path: P
         errors={(LR["fast & loose"], 2): ValueError("too wide")},
     )
     fast, third = findings.comparisons
-    assert (fast.seeds, third.seeds) == ((0, 1), (0, 2))
-    assert fast.difference is not None and fast.difference.mean == pytest.approx(
-        (1.40 - 1.50 + 1.43 - 1.52) / 2
-    )
+    assert fast.judgement is not None and third.judgement is not None
+    assert (fast.judgement.seeds, third.judgement.seeds) == ((0, 1), (0, 2))
+    assert fast.judgement.difference == pytest.approx((1.40 - 1.50 + 1.43 - 1.52) / 2)
+    assert fast.differences == (pytest.approx(-0.1), pytest.approx(-0.09), None)
+    assert findings.arm("third").values == (1.49, None, 1.50) and findings.arm("third").diverged == (1,)
     assert [len(one.seeds) for one in findings.arms] == [3, 2, 2]
     assert "third, seed 1: diverged after 10 steps, and left out of its pairs." in findings.notes
     assert "fast & loose, seed 2: failed (ValueError: too wide), and left out of its pairs." in findings.notes
@@ -119,8 +121,9 @@ def test_too_few_pairs_are_not_resolved_and_stay_in_the_family(tmp_path: Path) -
     diverged = {(LR["third"], seed): "diverged" for seed in (0, 1)}
     findings = found(tmp_path, three_arms(), statuses=diverged)
     fast, third = findings.comparisons
-    assert third.difference is None and third.adjusted_p is None and third.verdict is Verdict.NOT_RESOLVED
-    assert fast.difference is not None and fast.adjusted_p == pytest.approx(2 * fast.difference.p_value)
+    assert third.judgement is None and third.verdict is Verdict.NOT_RESOLVED
+    assert fast.judgement is not None
+    assert fast.judgement.adjusted_p == pytest.approx(2 * fast.judgement.p_value)
     assert "third and slow have 1 seeds in common: a comparison needs 2." in findings.notes
     assert "| third | 1 | 1.5000 | — | — | — | — | not resolved |" in findings_markdown(findings)
 
@@ -243,12 +246,12 @@ def test_what_weakens_a_comparison_is_noted(tmp_path: Path) -> None:
 def test_findings_for_people_and_programs(tmp_path: Path) -> None:
     findings = found(tmp_path, three_arms(), further=(("fast & loose", "third"),))
     text = findings_markdown(findings)
-    difference = findings.comparisons[0].difference
-    assert difference is not None
+    judgement = findings.comparisons[0].judgement
+    assert judgement is not None
     # Standard errors of the difference and of the quietest mean are 0.0029 and 0.0088: two digits of them are
     # four decimals.
-    assert math.floor(math.log10(difference.standard_error)) == -3
-    low, high = difference.t_interval
+    assert math.floor(math.log10(judgement.standard_error)) == -3
+    low, high = judgement.interval
     row = (
         f"| fast & loose | 3 | 1.4083 ± 0.0189 | −0.0950 | [−{-low:.4f}, −{-high:.4f}] | [−0.1000, −0.0900] |"
     )
@@ -260,9 +263,10 @@ def test_findings_for_people_and_programs(tmp_path: Path) -> None:
     assert "[−0.1000, −0.0900]" in shown and "not resolved" in shown and "Budget: matched" in shown
     console.file.close()
     read = json.loads(write_findings(findings, tmp_path).read_text())
-    assert read["comparisons"][0]["difference"]["t_interval"] == list(difference.t_interval)
-    assert read["comparisons"][0]["verdict"] == "better" and read["arms"][1]["seeds"] == [0, 1, 2]
-    assert (tmp_path / "study.md").read_text() == text
+    assert read["comparisons"][0]["judgement"]["interval"] == list(judgement.interval)
+    assert read["comparisons"][0]["judgement"]["verdict"] == "better"
+    assert read["arms"][1]["seeds"] == [0, 1, 2]
+    assert read_findings(tmp_path) == findings
 
 
 def test_the_study_file_of_the_documentation(
@@ -278,7 +282,7 @@ def test_the_study_file_of_the_documentation(
     assert [one.optim.warmup_steps for one in train.asked] == [20, 50, 100] * 5
     assert recipes.load_experiment(str(tmp_path / "warm_up.py")) == file.experiment()
     assert "100 steps − 50 steps" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "runs" / "warm-up" / "study.json").read_text())["comparisons"]) == 3
+    assert len(json.loads((tmp_path / "runs" / "warm-up" / "findings.json").read_text())["comparisons"]) == 3
 
 
 def test_completions_are_not_compared_with_all_text(tmp_path: Path) -> None:

@@ -239,7 +239,8 @@ def test_an_arm_against_itself(workplace: Path, tmp_path: Path, monkeypatch: pyt
     assert first.metric_value("loss") == paired.metric_value("loss") != other.metric_value("loss")
     findings = analyze(real, members)
     (comparison,) = findings.comparisons
-    assert findings.is_matched and comparison.difference is not None and comparison.difference.mean == 0
+    assert findings.is_matched and comparison.judgement is not None
+    assert comparison.judgement.difference == 0
     assert comparison.verdict is Verdict.NOT_RESOLVED
 
 
@@ -248,11 +249,11 @@ def test_a_real_difference(workplace: Path, tmp_path: Path) -> None:
     real, members = trained(workplace, tmp_path, slow=1e-3, fast=1e-2)
     bits = [member.result["bits_per_byte"] for member in members]
     findings = analyze(real, members)
-    difference = findings.comparisons[0].difference
-    assert difference is not None and difference.mean == pytest.approx(
+    judgement = findings.comparisons[0].judgement
+    assert judgement is not None and judgement.difference == pytest.approx(
         (bits[1] - bits[0] + bits[3] - bits[2]) / 2
     )
-    assert difference.mean < -0.1 and findings.is_matched
+    assert judgement.difference < -0.1 and findings.is_matched
 
 
 @pytest.mark.nightly
