@@ -14,4 +14,5 @@ Files in reading order:
 - session.py: `open_session`, all that a session works with
 - dry_run.py: `plan_run`, what a run would be
 - trainer.py: `train`, the loop
+- population.py: `train_population`, several runs in one program
 """
