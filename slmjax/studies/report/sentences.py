@@ -1,0 +1,210 @@
+"""Findings in words and digits: verdicts, differences, costs.
+
+    summary(report)          # "Better than base: wide. Not resolved: deep (about 9 seeds would)."
+    verdict_text(report, comparison)                          # "equal within 0.005"
+"""
+
+from collections.abc import Sequence
+
+from slmjax.studies.report.data import ArmReport, ComparisonReport, Estimate, StudyReport
+from slmjax.studies.text_tables import ABSENT, in_words, interval_text, num_decimals, signed
+
+BETTER = "better"
+WORSE = "worse"
+EQUAL = "equal"
+NOT_RESOLVED = "not resolved"
+VERDICTS = (BETTER, EQUAL, NOT_RESOLVED, WORSE)
+
+MOST_NAMES = 3  # arms that a heading names; more are counted
+
+
+def metric_words(report: StudyReport) -> str:
+    """Return the metric in words, with the direction that is better."""
+    return f"{in_words(report.metric)}, {'lower' if report.lower_is_better else 'higher'} is better"
+
+
+def confidence_text(report: StudyReport) -> str:
+    """Return the confidence of intervals, such as "95%"."""
+    return f"{100 * report.confidence:g}%"
+
+
+# Verdicts ---------------------------------------------------------------------------------------------------
+def verdict_text(report: StudyReport, comparison: ComparisonReport) -> str:
+    """Return a verdict with its margin, or with the seeds that would resolve it."""
+    if comparison.verdict == EQUAL and report.equal_within is not None:
+        return f"{EQUAL} within {report.equal_within:g}"
+    if comparison.verdict == NOT_RESOLVED and comparison.seeds_needed is not None:
+        return f"{NOT_RESOLVED} (about {comparison.seeds_needed:,} seeds would)"
+    return comparison.verdict
+
+
+def comparison_name(report: StudyReport, comparison: ComparisonReport) -> str:
+    """Return the arm of a comparison with the baseline, and both arms of any other."""
+    if comparison.against == report.baseline:
+        return comparison.arm
+    return f"{comparison.arm} − {comparison.against}"
+
+
+def summary(report: StudyReport) -> str:
+    """Return the verdicts as sentences, with the names of all arms."""
+    if not report.comparisons:
+        return "There is no comparison yet."
+    sentences = []
+    for verdict in VERDICTS:
+        names = [_named(report, item) for item in report.comparisons if item.verdict == verdict]
+        if names:
+            sentences.append(f"{_headline(report, verdict)}: {', '.join(names)}.")
+    return " ".join(sentences)
+
+
+def short_summary(report: StudyReport) -> str:
+    """Return the verdicts for a heading: names of few arms, else their number."""
+    parts = []
+    for verdict in VERDICTS:
+        names = [comparison_name(report, item) for item in report.comparisons if item.verdict == verdict]
+        if names:
+            parts.append(f"{verdict}: {', '.join(names) if len(names) <= MOST_NAMES else len(names)}")
+    return "; ".join(parts) or "no verdict yet"
+
+
+def _named(report: StudyReport, comparison: ComparisonReport) -> str:
+    name = comparison_name(report, comparison)
+    if comparison.verdict == NOT_RESOLVED and comparison.seeds_needed is not None:
+        return f"{name} (about {comparison.seeds_needed:,} seeds would)"
+    return name
+
+
+def _headline(report: StudyReport, verdict: str) -> str:
+    if verdict in (BETTER, WORSE):
+        return f"{verdict.capitalize()} than {report.baseline}"
+    if verdict == EQUAL and report.equal_within is not None:
+        return f"Equal to {report.baseline} within {report.equal_within:g}"
+    return verdict.capitalize()
+
+
+def progress_text(report: StudyReport) -> str:
+    """Return how many runs ended, and how."""
+    ended = sum(arm.ended for arm in report.arms)
+    of_all = (
+        f" of {report.expected_runs:,}"
+        if report.expected_runs is not None and report.expected_runs > ended
+        else ""
+    )
+    parts = [f"{ended:,}{of_all} runs ended" if of_all else f"{ended:,} runs"]
+    for count, word in (
+        (sum(arm.diverged for arm in report.arms), "diverged"),
+        (sum(arm.failed for arm in report.arms), "failed"),
+    ):
+        if count:
+            parts.append(f"{count:,} {word}")
+    return ", ".join(parts)
+
+
+def losers(report: StudyReport) -> list[str]:
+    """Return a sentence for each arm that is worse than another, diverged or failed."""
+    sentences = [
+        f"{item.arm} is worse than {item.against}: {difference_text(item)} {in_words(report.metric)}, "
+        f"{confidence_text(report)} interval {interval_of(item)}."
+        for item in report.comparisons
+        if item.verdict == WORSE
+    ]
+    # The other side of a verdict: the baseline loses, too.
+    sentences += [
+        f"{item.against} loses to {item.arm}, by {difference_text(item)}."
+        for item in report.comparisons
+        if item.verdict == BETTER
+    ]
+    for arm in report.arms:
+        if arm.diverged or arm.failed:
+            parts = [f"{arm.diverged} diverged"] * bool(arm.diverged)
+            parts += [f"{arm.failed} failed"] * bool(arm.failed)
+            sentences.append(f"{arm.name}: of {arm.ended} runs, {' and '.join(parts)}.")
+    return sentences
+
+
+# Numbers ----------------------------------------------------------------------------------------------------
+def comparison_decimals(comparison: ComparisonReport) -> int:
+    """Return the decimals of a comparison's numbers: no more than its noise allows."""
+    return num_decimals(comparison.error, comparison.difference or 0.0)
+
+
+def difference_text(comparison: ComparisonReport) -> str:
+    """Return the mean difference with its sign."""
+    if comparison.difference is None:
+        return ABSENT
+    return signed(comparison.difference, comparison_decimals(comparison))
+
+
+def interval_of(comparison: ComparisonReport) -> str:
+    """Return the interval of the difference."""
+    # Without noise an interval has no width, and would look exact.
+    if comparison.interval is None or not comparison.error:
+        return ABSENT
+    return interval_text(comparison.interval, comparison_decimals(comparison))
+
+
+def p_text(value: float | None) -> str:
+    """Return a p value; the tests of a few seeds do not support more digits."""
+    if value is None:
+        return ABSENT
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def estimate_texts(column: Sequence[Estimate | None]) -> list[str]:
+    """Return means ± standard deviations, all with the decimals of the estimate with the least noise."""
+    decimals = max((num_decimals(item.error, item.mean) for item in column if item is not None), default=0)
+    return [
+        ABSENT
+        if item is None
+        else f"{item.mean:,.{decimals}f}"
+        + ("" if item.deviation is None else f" ± {item.deviation:,.{decimals}f}")
+        for item in column
+    ]
+
+
+def signed_estimate(item: Estimate | None) -> str:
+    """Return a mean difference with its interval."""
+    if item is None:
+        return ABSENT
+    decimals = num_decimals(item.error, item.mean)
+    interval = "" if item.interval is None or not item.error else f" {interval_text(item.interval, decimals)}"
+    return f"{signed(item.mean, decimals)}{interval}"
+
+
+def runs_text(arm: ArmReport) -> str:
+    """Return the runs of an arm: those with a metric, and those that diverged or failed."""
+    parts = [str(len(arm.seeds))]
+    if arm.diverged:
+        interval = (
+            ""
+            if arm.diverged_interval is None
+            else f" ({arm.diverged_interval[0]:.0%} to {arm.diverged_interval[1]:.0%})"
+        )
+        parts.append(f"{arm.diverged} diverged{interval}")
+    if arm.failed:
+        parts.append(f"{arm.failed} failed")
+    return ", ".join(parts)
+
+
+def count_text(value: float) -> str:
+    """Return a count in full, so that two that differ look different; large ones as a power of ten."""
+    if value >= 1e12:
+        return f"{value:.4g}"
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.4g}"
+
+
+def bytes_text(value: float) -> str:
+    """Return a number of bytes."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= unit:
+            return f"{value / unit:.4g} {name}"
+    return f"{value:.0f} B"
+
+
+def seconds_text(value: float) -> str:
+    """Return a duration."""
+    if value < 100:
+        return f"{value:.3g} s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

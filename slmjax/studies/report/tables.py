@@ -1,0 +1,279 @@
+"""The tables of a report, as text: the same for the page, Markdown and LaTeX."""
+
+import dataclasses
+from collections.abc import Callable
+
+from slmjax.studies.report.data import ComparisonReport, StudyReport
+from slmjax.studies.report.sentences import (
+    bytes_text,
+    comparison_name,
+    confidence_text,
+    count_text,
+    difference_text,
+    estimate_texts,
+    interval_of,
+    metric_words,
+    p_text,
+    runs_text,
+    seconds_text,
+    signed_estimate,
+    verdict_text,
+)
+from slmjax.studies.text_tables import ABSENT, TextTable, in_words, interval_text, listed, num_decimals
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a run of an arm costs."""
+
+    title: str
+    text: Callable[[float], str]
+    axis: str = ""  # title of its axis where quality is shown against it; empty where that is no question
+
+
+# By name in `ArmReport.costs`, in the order of the table.
+COSTS = {
+    "parameters": Cost(title="parameters", text=count_text, axis="parameters"),
+    "non_embedding_parameters": Cost(title="without embedding", text=count_text),
+    "active_parameters": Cost(title="active", text=count_text),
+    "flops": Cost(title="training FLOPs", text=count_text, axis="training FLOPs"),
+    "tokens": Cost(title="tokens", text=count_text, axis="tokens"),
+    "seconds": Cost(title="wall time", text=seconds_text, axis="seconds of wall time"),
+    "tokens_per_second": Cost(title="tokens/s", text=count_text),
+    "memory_bytes": Cost(title="memory", text=bytes_text),
+    "deployed_bytes": Cost(title="deployed", text=bytes_text, axis="deployed bytes"),
+    "cache_bytes": Cost(title="cache", text=bytes_text),
+}
+
+
+def verdicts_table(report: StudyReport) -> TextTable:
+    """Return a row for each comparison, with its verdict."""
+    rows = tuple(
+        (
+            comparison_name(report, item),
+            verdict_text(report, item),
+            difference_text(item),
+            interval_of(item),
+            p_text(item.adjusted_p),
+            _seeds_text(item),
+        )
+        for item in report.comparisons
+    )
+    head = (
+        "arm",
+        "verdict",
+        f"difference to {report.baseline}",
+        f"{confidence_text(report)} interval",
+        "p (Holm)",
+        "seeds",
+    )
+    return TextTable(title=f"Verdicts: {metric_words(report)}", head=head, rows=rows)
+
+
+def _seeds_text(comparison: ComparisonReport) -> str:
+    count = str(len(comparison.seeds))
+    return f"{count} ({len(comparison.imputed)} imputed)" if comparison.imputed else count
+
+
+def arms_table(report: StudyReport) -> TextTable:
+    """Return a row for each arm: its metric, its runs, and its costs."""
+    metric = in_words(report.metric)
+    means = estimate_texts([arm.metric for arm in report.arms])
+    columns: dict[str, list[str]] = {
+        f"{metric}, mean ± sd": means,
+        f"{confidence_text(report)} interval": [_mean_interval(report, i) for i in range(len(report.arms))],
+        "runs": [runs_text(arm) for arm in report.arms],
+    }
+    for name in _shown_costs(report):
+        cost = COSTS[name]
+        columns[cost.title] = [
+            ABSENT if name not in arm.costs else cost.text(arm.costs[name]) for arm in report.arms
+        ]
+    # An interval needs two seeds: of a study with one, the column would be empty.
+    columns = {
+        name: cells for name, cells in columns.items() if any(cell != ABSENT for cell in cells) or not cells
+    }
+    rows = tuple(
+        (arm.name, *cells) for arm, *cells in zip(report.arms, *columns.values(), strict=True)
+    )
+    title = f"Arms: {metric_words(report)}; seeds {listed(report.seeds)}"
+    return TextTable(title=title, head=("arm", *columns), rows=rows)
+
+
+def _mean_interval(report: StudyReport, index: int) -> str:
+    estimate = report.arms[index].metric
+    if estimate is None or estimate.interval is None:
+        return ABSENT
+    decimals = num_decimals(estimate.error, estimate.mean)
+    return f"[{', '.join(f'{end:,.{decimals}f}' for end in estimate.interval)}]"
+
+
+def _shown_costs(report: StudyReport) -> list[str]:
+    names = [name for name in COSTS if any(name in arm.costs for arm in report.arms)]
+    # Parameters that a token uses are a question of experts alone.
+    has_experts = any(
+        arm.costs.get("active_parameters") not in (None, arm.costs.get("parameters")) for arm in report.arms
+    )
+    return [name for name in names if name != "active_parameters" or has_experts]
+
+
+def further_table(report: StudyReport) -> TextTable | None:
+    """Return further metrics, which have no verdict; None if there are none."""
+    names = list(dict.fromkeys(name for arm in report.arms for name in arm.further_metrics))
+    if not names:
+        return None
+    by_arm = {item.arm: item for item in report.comparisons if item.against == report.baseline}
+    columns: list[list[str]] = []
+    for name in names:
+        columns.append(estimate_texts([arm.further_metrics.get(name) for arm in report.arms]))
+        differences = [
+            signed_estimate(by_arm[arm.name].further_metrics.get(name)) if arm.name in by_arm else ""
+            for arm in report.arms
+        ]
+        columns.append(differences)
+    rows = tuple((arm.name, *cells) for arm, *cells in zip(report.arms, *columns, strict=True))
+    head = ("arm", *(cell for name in names for cell in (in_words(name), f"difference, {in_words(name)}")))
+    return TextTable(title="Further metrics, without a verdict", head=head, rows=rows)
+
+
+def statistics_table(report: StudyReport) -> TextTable:
+    """Return the statistics of each comparison, for those who check them."""
+    rows = []
+    for item in report.comparisons:
+        decimals = num_decimals(item.error, item.difference or 0.0)
+        bootstrap = (
+            ABSENT
+            if item.bootstrap_interval is None or not item.error
+            else interval_text(item.bootstrap_interval, decimals)
+        )
+        freedom = ABSENT if item.degrees_of_freedom is None else f"{item.degrees_of_freedom:.3g}"
+        rows.append(
+            (
+                comparison_name(report, item),
+                ABSENT if item.error is None else f"{item.error:.3g}",
+                freedom,
+                item.variance or ABSENT,
+                bootstrap,
+                p_text(item.p_value),
+                p_text(item.adjusted_p),
+                p_text(item.equal_p),
+            )
+        )
+    head = (
+        "arm",
+        "standard error",
+        "degrees of freedom",
+        "variance",
+        "bootstrap interval",
+        "p",
+        "p (Holm)",
+        "p of equality",
+    )
+    return TextTable(title="Statistics of the comparisons", head=head, rows=tuple(rows))
+
+
+def noise_table(report: StudyReport) -> TextTable | None:
+    """Return the standard deviation between seeds of each arm; None where it is not known."""
+    noise = report.noise
+    if noise is None or not noise.own:
+        return None
+    rows = [
+        (name, f"{deviation:.3g}", "its own: noisier than the others" if name in noise.noisy else "pooled")
+        for name, deviation in noise.own.items()
+    ]
+    if noise.deviation is not None:
+        freedom = f"{noise.degrees_of_freedom} degrees of freedom"
+        rows.append(("all, pooled", f"{noise.deviation:.3g}", freedom))
+    head = ("arm", f"standard deviation of {in_words(report.metric)}", "judged by")
+    return TextTable(title="Noise between seeds", head=head, rows=tuple(rows))
+
+
+def text_table(report: StudyReport) -> TextTable | None:
+    """Return the uncertainty by seeds next to that by held-out text; None where it is not known."""
+    if not report.text:
+        return None
+    rows = tuple(
+        (
+            item.arm if item.against == report.baseline else f"{item.arm} − {item.against}",
+            ABSENT if item.seeds_error is None else f"{item.seeds_error:.3g}",
+            ABSENT if item.text_error is None else f"{item.text_error:.3g}",
+            ABSENT if item.documents is None else f"{item.documents:,}",
+            item.advice or ABSENT,
+        )
+        for item in report.text
+    )
+    head = ("arm", "standard error by seeds", "by held-out text", "documents", "what would help more")
+    return TextTable(title="Uncertainty of the held-out text", head=head, rows=rows)
+
+
+def matching_table(report: StudyReport) -> TextTable | None:
+    """Return what was made equal, and how; None if nothing was."""
+    if not report.matched:
+        return None
+    rows = tuple(
+        (
+            item.arm,
+            in_words(item.quantity),
+            ABSENT if item.target is None else count_text(item.target),
+            ABSENT if item.before is None else count_text(item.before),
+            ABSENT if item.after is None else count_text(item.after),
+            item.changed or ABSENT,
+            "yes" if item.is_met else "no",
+        )
+        for item in report.matched
+    )
+    head = ("arm", "quantity", "target", "before", "after", "changed", "equal")
+    return TextTable(title="Quantities made equal", head=head, rows=rows)
+
+
+def tuning_table(report: StudyReport) -> TextTable | None:
+    """Return the learning rate of each arm, and how it was chosen; None if rates were not tuned."""
+    if not report.tuned:
+        return None
+    rows = tuple(
+        (
+            item.arm,
+            f"{item.rate:.3g}",
+            "yes" if item.is_resolved else "no: widen the range",
+            ", ".join(
+                f"{rate:.3g}: {'did not finish' if value is None else f'{value:.4f}'}"
+                for rate, value in item.tried
+            ),
+            ABSENT if item.sensitivity is None else f"{item.sensitivity:.3g}",
+            listed(item.seeds),
+        )
+        for item in report.tuned
+    )
+    head = (
+        "arm",
+        "rate",
+        "optimum inside the range",
+        f"tried, with {in_words(report.metric)}",
+        "sensitivity",
+        "tuning seeds",
+    )
+    return TextTable(title="Learning rates", head=head, rows=rows)
+
+
+def settings_table(report: StudyReport) -> TextTable | None:
+    """Return the settings that differ between arms; None if none is known."""
+    if not report.settings:
+        return None
+    rows = tuple((item.path, *item.values) for item in report.settings)
+    return TextTable(title="Settings that differ", head=("setting", *report.settings_of), rows=rows)
+
+
+def report_tables(report: StudyReport) -> list[TextTable]:
+    """Return all tables in the order of a reader's questions."""
+    tables = [
+        verdicts_table(report) if report.comparisons else None,
+        arms_table(report) if report.arms else None,
+        further_table(report),
+        noise_table(report),
+        text_table(report),
+        matching_table(report),
+        tuning_table(report),
+        settings_table(report),
+        statistics_table(report) if report.comparisons else None,
+    ]
+    return [table for table in tables if table is not None]
