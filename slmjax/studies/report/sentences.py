@@ -1,7 +1,7 @@
 """Findings in words and digits: verdicts, differences, costs.
 
-    summary(report)          # "Better than base: wide. Not resolved: deep (about 9 seeds would)."
-    verdict_text(report, comparison)                          # "equal within 0.005"
+summary(report)          # "Better than base: wide. Not resolved: deep (about 9 seeds would)."
+verdict_text(report, comparison)                          # "equal within 0.005"
 """
 
 from collections.abc import Sequence

@@ -93,9 +93,7 @@ def arms_table(report: StudyReport) -> TextTable:
     columns = {
         name: cells for name, cells in columns.items() if any(cell != ABSENT for cell in cells) or not cells
     }
-    rows = tuple(
-        (arm.name, *cells) for arm, *cells in zip(report.arms, *columns.values(), strict=True)
-    )
+    rows = tuple((arm.name, *cells) for arm, *cells in zip(report.arms, *columns.values(), strict=True))
     title = f"Arms: {metric_words(report)}; seeds {listed(report.seeds)}"
     return TextTable(title=title, head=("arm", *columns), rows=rows)
 

@@ -209,7 +209,7 @@ def lines(
         return None
     labels = tuple(label for label in series if any(row["series"] == label for row in rows))
     # A single line needs no legend.
-    by_series = _by_series(labels, has_legend=len(labels) > 1)
+    colour = by_series(labels, has_legend=len(labels) > 1)
     y: Spec = {
         "field": "value",
         "type": "quantitative",
@@ -227,13 +227,13 @@ def lines(
         {"field": "step", "format": ","},
         {"field": "value", "format": digits if digits.endswith("%") else ".5~g", "title": title.lower()},
     ]
-    encoding = {"x": _steps(), "y": y, "color": by_series, "tooltip": tooltip}
+    encoding = {"x": steps_axis(), "y": y, "color": colour, "tooltip": tooltip}
     layers: list[Spec] = [{"mark": {"type": "line", "clip": True}}]
     # Colours are used again where there are more series than colours, with other dashes.
     if len(labels) > len(COLOURS):
         dashes = [DASHES[index // len(COLOURS) % len(DASHES)] for index in range(len(labels))]
         layers[0]["encoding"] = {
-            "strokeDash": {**by_series, "scale": {"domain": list(labels), "range": dashes}}
+            "strokeDash": {**colour, "scale": {"domain": list(labels), "range": dashes}}
         }
     if any(row["marked"] for row in rows):
         layers.append(
@@ -245,12 +245,12 @@ def lines(
         name=name,
         title=title,
         subtitle=subtitle,
-        spec=_spec(rows, {"encoding": encoding, "layer": layers}),
+        spec=chart_spec(rows, {"encoding": encoding, "layer": layers}),
         labels=labels if len(labels) > 1 else (),
     )
 
 
-def _by_series(labels: Sequence[str], *, has_legend: bool) -> Spec:
+def by_series(labels: Sequence[str], *, has_legend: bool) -> Spec:
     """Return the encoding of a colour for each series; the legend is that of images alone."""
     colour: Spec = {
         "field": "series",
@@ -299,7 +299,7 @@ def heat(
         scale = {"scheme": "blueorange", "domain": [0, 2 * middle], "clamp": True}
     legend = {"orient": "right", "format": ".2~g", "gradientLength": 140}
     encoding = {
-        "x": {**_steps(), "scale": {"nice": False, "zero": False}},
+        "x": {**steps_axis(), "scale": {"nice": False, "zero": False}},
         "x2": {"field": "end"},
         "y": {"field": "row", "type": "nominal", "sort": order, "title": None},
         "color": {"field": "value", "type": "quantitative", "scale": scale, "legend": legend},
@@ -313,7 +313,7 @@ def heat(
         name=name,
         title=title,
         subtitle=subtitle,
-        spec=_spec(rows, {"mark": {"type": "rect"}, "encoding": encoding}),
+        spec=chart_spec(rows, {"mark": {"type": "rect"}, "encoding": encoding}),
     )
 
 
@@ -360,7 +360,7 @@ def points(
     ]
     encoding = {
         "x": {**x, "axis": {"format": "~s", "grid": False, "tickCount": 6}},
-        "color": _by_series(labels, has_legend=True),
+        "color": by_series(labels, has_legend=True),
         "tooltip": tooltip,
     }
     layers: list[Spec] = [
@@ -374,7 +374,7 @@ def points(
             "encoding": {"y": {**y, "field": "label_y"}, "text": {"field": "label"}},
         },
     ]
-    spec = {**_spec(rows, {"encoding": encoding, "layer": layers}), "height": 340}
+    spec = {**chart_spec(rows, {"encoding": encoding, "layer": layers}), "height": 340}
     return Chart(name=name, title=title, subtitle=subtitle, spec=spec, labels=labels)
 
 
@@ -400,7 +400,8 @@ def _short(label: str) -> str:
     return label.removeprefix("layers/")
 
 
-def _steps() -> Spec:
+def steps_axis() -> Spec:
+    """Return the encoding of steps on the horizontal axis."""
     return {
         "field": "step",
         "type": "quantitative",
@@ -409,7 +410,8 @@ def _steps() -> Spec:
     }
 
 
-def _spec(rows: Sequence[Record], drawn: Spec) -> Spec:
+def chart_spec(rows: Sequence[Record], drawn: Spec) -> Spec:
+    """Return a specification as wide as its place on the page: the data, and the marks in `drawn`."""
     return {
         "data": {"values": list(rows)},
         "width": "container",

@@ -1,0 +1,48 @@
+"""The report of a study: a page that opens offline, Markdown, LaTeX, CSV, and the data that they show.
+
+    write_study_report("studies/width")                    # report.html, .json, .md, .tex, .csv
+    write_from_data("report.json", "out")                  # again, from the data alone
+    print(log_entry(study_report("studies/width")))        # an entry of experiments/LOG.md
+
+The page, its texts and its tables are drawn from a `StudyReport`, which holds numbers and texts alone. It is
+made from findings and, where they are there, run directories.
+
+Files in reading order:
+
+- data.py: everything that a report shows, and report.json
+- sentences.py: findings in words and digits
+- tables.py: the tables, as text
+- pareto.py: Pareto fronts
+- charts.py: the charts as Vega-Lite, and pictures of the verdicts
+- page.py: the page
+- documents.py: Markdown, LaTeX and CSV
+- entries.py: entries of a log of questions
+- curves.py: learning curves over seeds
+- gathering.py: a report from findings and run directories
+- files.py: all files of a report
+"""
+
+from slmjax.studies.report.charts import forest_picture
+from slmjax.studies.report.data import StudyReport, read_report
+from slmjax.studies.report.entries import insert_entry, log_entry
+from slmjax.studies.report.files import (
+    study_report,
+    write_from_data,
+    write_report_files,
+    write_study_report,
+)
+from slmjax.studies.report.gathering import gather, report_of
+
+__all__ = [
+    "StudyReport",
+    "forest_picture",
+    "gather",
+    "insert_entry",
+    "log_entry",
+    "read_report",
+    "report_of",
+    "study_report",
+    "write_from_data",
+    "write_report_files",
+    "write_study_report",
+]

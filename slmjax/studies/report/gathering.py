@@ -1,0 +1,344 @@
+"""The report of a study from its findings, its members and their run directories.
+
+    report = gather("studies/width", findings)
+    report = report_of(findings)                       # without runs, as for results from elsewhere
+
+What is not there is left out of the report: a run directory that was deleted, the settings of a foreign run.
+"""
+
+import dataclasses
+import datetime
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slmjax.stored_json import check_object
+from slmjax.studies.arms import directory_name
+from slmjax.studies.findings import Comparison, Findings
+from slmjax.studies.layout import budget_line
+from slmjax.studies.report.curves import curve_charts
+from slmjax.studies.report.data import (
+    ArmReport,
+    ComparisonReport,
+    Estimate,
+    MemberReport,
+    NoiseReport,
+    SettingReport,
+    StudyReport,
+)
+from slmjax.studies.statistics.samples import Interval, PairedDifference, Summary
+from slmjax.studies.study import DIVERGED, FAILED, FINISHED, MEMBERS, Member
+from slmjax.telemetry.report.comparison import shown_differences
+from slmjax.telemetry.report.reading import RunRecords, read_run
+from slmjax.telemetry.run_directory import read_log, with_present_names
+
+# Costs that results have; those that are counted beforehand come with the plan.
+_MEASURED = ("tokens", "seconds", "tokens_per_second", "parameters", "memory_bytes", "deployed_bytes")
+_NOT_SETTINGS = ("run.name", "run.directory", "run.seed", "data.seed", "data.cache_dir")
+_PACKAGES = ("slmjax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def report_of(findings: Findings, members: Sequence[Member] = ()) -> StudyReport:
+    """Return the report of findings alone: without curves, settings and environment."""
+    costs = {arm.arm: _measured_costs(arm.arm, members) for arm in findings.arms}
+    return StudyReport(
+        study=findings.study,
+        question=findings.question,
+        metric=findings.metric,
+        lower_is_better=findings.rules.lower_is_better,
+        confidence=findings.rules.confidence,
+        equal_within=findings.rules.equal_within,
+        smallest_effect=findings.rules.smallest_effect,
+        baseline=findings.baseline,
+        seeds=findings.seeds,
+        date=datetime.date.today().isoformat(),
+        look=_look_text(findings),
+        arms=tuple(_arm_report(findings, i, members, costs) for i in range(len(findings.arms))),
+        comparisons=tuple(_comparison_report(findings, item) for item in findings.comparisons),
+        members=_member_reports(findings, members),
+        expected_runs=len(findings.arms) * len(findings.seeds),
+        budget=budget_line(findings),
+        noise=NoiseReport(
+            deviation=findings.noise.deviation,
+            degrees_of_freedom=findings.noise.degrees_of_freedom,
+            own=dict(findings.noise.own),
+            noisy=findings.noise.noisy,
+            equality_p=findings.noise.equality_p,
+        ),
+        changes=findings.changes,
+        notes=findings.notes,
+    )
+
+
+def gather(directory: str | Path, findings: Findings) -> StudyReport:
+    """Return the report of a study's directory.
+
+    Args:
+      directory: with members.jsonl and the run directories, as `run_study` leaves it.
+      findings: the results.
+    """
+    directory = Path(directory)
+    members = recorded_members(directory, findings)
+    report = report_of(findings, members)
+    runs, notes = _read_runs(directory, members)
+    statuses = {(member.arm, member.seed): member.status for member in members}
+    settings_of, settings = _settings(findings, runs)
+    return dataclasses.replace(
+        report,
+        date=_newest_date(directory),
+        curves=curve_charts(runs, statuses=statuses, metric=findings.metric),
+        settings_of=settings_of,
+        settings=settings,
+        environment=_environment(list(runs.values())),
+        commands=_commands(directory, list(runs.values())),
+        notes=(*report.notes, *notes),
+    )
+
+
+def recorded_members(directory: str | Path, findings: Findings) -> tuple[Member, ...]:
+    """Return the members in members.jsonl that the findings are about, the last record of each."""
+    path = Path(directory) / MEMBERS
+    fields = {"arm": str, "seed": int, "fingerprint": str, "status": str, "result": dict, "evaluation": dict}
+    remedy = "remove the line, and the member is read from its run the next time the study is run"
+    names = {field.name for field in dataclasses.fields(Member)}
+    latest: dict[tuple[str, int], Member] = {}
+    for record in read_log(path, kind="member") if path.is_file() else []:
+        check_object(record, fields, optional={"error": str}, name=f"a record of {path}", remedy=remedy)
+        known = {name: value for name, value in record.items() if name in names}
+        member = Member(**{**known, "result": with_present_names(record["result"])})
+        latest[member.arm, member.seed] = member
+    keys = [(arm.arm, seed) for seed in findings.seeds for arm in findings.arms]
+    return tuple(latest[key] for key in keys if key in latest)
+
+
+# Findings ---------------------------------------------------------------------------------------------------
+def _arm_report(
+    findings: Findings, index: int, members: Sequence[Member], costs: Mapping[str, dict[str, float]]
+) -> ArmReport:
+    arm = findings.arms[index]
+    own = [member for member in members if member.arm == arm.arm]
+    failed = sum(member.status == FAILED for member in own)
+    finished = sum(member.status == FINISHED for member in own) or len(arm.seeds)
+    return ArmReport(
+        name=arm.arm,
+        seeds=arm.seeds,
+        metric=_estimate(arm.metric, arm.interval),
+        further_metrics={name: _estimate(item) for name, item in arm.further_metrics.items()},
+        costs=costs[arm.arm],
+        ended=finished + failed + len(arm.diverged),
+        diverged=len(arm.diverged),
+        failed=failed,
+        diverged_interval=None if arm.divergence is None else arm.divergence.interval,
+    )
+
+
+def _estimate(summary: Summary | None, interval: Interval | None = None) -> Estimate | None:
+    if summary is None:
+        return None
+    return Estimate(
+        num_values=summary.num_values,
+        mean=summary.mean,
+        deviation=summary.standard_deviation,
+        error=summary.standard_error,
+        interval=interval,
+    )
+
+
+def _difference_estimate(difference: PairedDifference | None) -> Estimate | None:
+    if difference is None:
+        return None
+    return Estimate(
+        num_values=difference.num_pairs,
+        mean=difference.mean,
+        deviation=difference.standard_deviation,
+        error=difference.standard_error,
+        interval=difference.t_interval,
+    )
+
+
+def _comparison_report(findings: Findings, item: Comparison) -> ComparisonReport:
+    by_seed = {
+        seed: value for seed, value in zip(findings.seeds, item.differences, strict=True) if value is not None
+    }
+    about: dict[str, Any] = {
+        "arm": item.arm,
+        "against": item.against,
+        "verdict": item.verdict.value,
+        "further_metrics": {name: _difference_estimate(each) for name, each in item.further_metrics.items()},
+    }
+    judgement = item.judgement
+    # A single pair has a difference, but no interval.
+    if judgement is None:
+        mean = statistics.fmean(by_seed.values()) if by_seed else None
+        return ComparisonReport(
+            **about, seeds=tuple(by_seed), differences=tuple(by_seed.values()), difference=mean
+        )
+    # Imputed differences are those of worst values, and are not among the measured ones.
+    seeds = tuple(seed for seed in judgement.seeds if seed in by_seed)
+    return ComparisonReport(
+        **about,
+        seeds=judgement.seeds,
+        imputed=judgement.imputed,
+        differences=tuple(by_seed[seed] for seed in seeds) if len(seeds) == len(judgement.seeds) else (),
+        difference=judgement.difference,
+        error=judgement.standard_error,
+        degrees_of_freedom=judgement.degrees_of_freedom,
+        variance=judgement.variance,
+        interval=judgement.interval,
+        bootstrap_interval=judgement.bootstrap_interval,
+        p_value=judgement.p_value,
+        adjusted_p=judgement.adjusted_p,
+        equal_p=judgement.equal_p,
+        seeds_needed=judgement.seeds_needed,
+    )
+
+
+def _look_text(findings: Findings) -> str:
+    if findings.look is None:
+        return ""
+    planned = ", ".join(map(str, findings.rules.looks))
+    return (
+        f"Look at {findings.look} seeds of those planned ({planned}): verdicts at level {findings.level:.3g}."
+    )
+
+
+def _member_reports(findings: Findings, members: Sequence[Member]) -> tuple[MemberReport, ...]:
+    names = (
+        findings.metric,
+        *(name for arm in findings.arms[:1] for name in arm.further_metrics),
+        *_MEASURED,
+    )
+    reports = [
+        MemberReport(
+            arm=member.arm,
+            seed=member.seed,
+            status=member.status,
+            metrics={
+                name: value
+                for name in dict.fromkeys(names)
+                if (value := member.metric_value(name)) is not None
+            },
+            error=member.error,
+        )
+        for member in members
+    ]
+    if reports:
+        return tuple(reports)
+    # Without records of members, the findings still have their values.
+    return tuple(
+        MemberReport(
+            arm=arm.arm,
+            seed=seed,
+            status=DIVERGED if seed in arm.diverged else FINISHED,
+            metrics={} if value is None else {findings.metric: value},
+        )
+        for arm in findings.arms
+        for seed, value in zip(findings.seeds, arm.values, strict=True)
+        if value is not None or seed in arm.diverged
+    )
+
+
+def _measured_costs(arm: str, members: Sequence[Member]) -> dict[str, float]:
+    costs = {}
+    for name in _MEASURED:
+        values = [
+            value
+            for member in members
+            if member.arm == arm and (value := member.metric_value(name)) is not None
+        ]
+        if values:
+            costs[name] = statistics.fmean(values)
+    return costs
+
+
+# Runs -------------------------------------------------------------------------------------------------------
+def _read_runs(
+    directory: Path, members: Sequence[Member]
+) -> tuple[dict[tuple[str, int], RunRecords], list[str]]:
+    """Return the runs whose directories are there, by arm and seed, and notes on those that are damaged."""
+    runs = {}
+    notes = []
+    for member in members:
+        path = _run_directory(directory, member)
+        if path is None:
+            continue
+        try:
+            runs[member.arm, member.seed] = read_run(path)
+        # One damaged run must not hide the others.
+        except (ValueError, OSError) as error:
+            notes.append(f"{member.arm}, seed {member.seed}: left out of curves and settings ({error}).")
+    return runs, notes
+
+
+def _run_directory(directory: Path, member: Member) -> Path | None:
+    recorded = member.result.get("run_dir")
+    if not isinstance(recorded, str):
+        return None
+    path = Path(recorded)
+    # A study that was moved has its runs at the same place inside.
+    inside = directory / directory_name(member.arm) / f"seed-{member.seed}" / path.name
+    return next((each for each in (path, inside) if (each / "config.json").is_file()), None)
+
+
+def _settings(
+    findings: Findings, runs: Mapping[tuple[str, int], RunRecords]
+) -> tuple[tuple[str, ...], tuple[SettingReport, ...]]:
+    """Return the arms with a run, and the settings that differ between them."""
+    # The first seed stands for all: seeds of an arm differ in the seed alone.
+    first = {arm: run for (arm, _), run in sorted(runs.items(), key=lambda item: -item[0][1])}
+    arms = [arm.arm for arm in findings.arms if arm.arm in first]
+    if len(arms) < 2:
+        return (), ()
+    rows = shown_differences([first[arm] for arm in arms], most=None).rows
+    return tuple(arms), tuple(
+        SettingReport(path=path, values=tuple(values)) for path, *values in rows if path not in _NOT_SETTINGS
+    )
+
+
+def _environment(runs: Sequence[RunRecords]) -> tuple[tuple[str, str], ...]:
+    """Return versions and devices that the runs had, each once."""
+    values: dict[str, dict[str, None]] = {}
+    for run in runs:
+        recorded = run.environment
+        packages = recorded.get("packages")
+        packages = packages if isinstance(packages, dict) else {}
+        devices = recorded.get("devices")
+        entries = {
+            "commit": str(recorded.get("commit") or (run.result or {}).get("commit") or "")[:12],
+            "uncommitted changes": "yes" if recorded.get("dirty") else "",
+            "python": recorded.get("python"),
+            **{name: packages.get(name) for name in _PACKAGES},
+            "platform": recorded.get("platform"),
+            "processors": recorded.get("cpu_count"),
+            "devices": _devices_text(devices) if isinstance(devices, list) else None,
+        }
+        for name, value in entries.items():
+            if value not in (None, ""):
+                values.setdefault(name, {})[str(value)] = None
+    # Members of a study may have run on several machines.
+    return tuple((name, "; ".join(each)) for name, each in values.items())
+
+
+def _devices_text(devices: Sequence[Any]) -> str:
+    kinds = dict.fromkeys(map(str, devices))
+    return ", ".join(f"{devices.count(kind)} x {kind}" for kind in kinds)
+
+
+def _commands(directory: Path, runs: Sequence[RunRecords]) -> tuple[str, ...]:
+    """Return the commands that train and report the study again."""
+    commits = dict.fromkeys(
+        str((run.result or {}).get("commit"))[:12] for run in runs if (run.result or {}).get("commit")
+    )
+    commands = [f"git checkout {commit}" for commit in list(commits)[:1]]
+    if (directory / "study.py").is_file():
+        commands.append("slmjax ablate study.py")
+    return (*commands, f"slmjax report {directory.name}")
+
+
+def _newest_date(directory: Path) -> str:
+    path = directory / MEMBERS
+    times = [record.get("time") for record in read_log(path, kind="member")] if path.is_file() else []
+    seconds = max((time for time in times if isinstance(time, int | float)), default=None)
+    day = datetime.date.today() if seconds is None else datetime.date.fromtimestamp(seconds)
+    return day.isoformat()
