@@ -20,6 +20,7 @@ Files in reading order:
 - questions.py: what is asked of results, and their table; caveats.py: notes on what does not compare.
 - findings.py: comparisons and verdicts; layout.py shows them; text_tables.py aligns their tables.
 - sweeps.py: each arm at its own best learning rate.
+- report/: the page of a study, its tables for texts, and the data that they show.
 - recovery.py: what quantization-aware training recovers; recovery_layout.py shows it.
 """
 

@@ -1,28 +1,13 @@
 """Findings and reports written by hand: tests of pages and texts need neither statistics nor runs.
 
-    findings = sample_findings()                       # five arms, three seeds, all four verdicts
-    report = sample_report(names=("base", "a & b"))    # everything that a page can show
+findings = sample_findings()                       # five arms, three seeds, all four verdicts
+report = sample_report(names=("base", "a & b"))    # everything that a page can show
 """
 
 import math
 from typing import Any
 
-from slmjax.studies import report as study_report
 from slmjax.studies.findings import ArmSummary, Comparison, Divergence, Findings
-from slmjax.studies.report.data import (
-    ArmReport,
-    ComparisonReport,
-    Curve,
-    CurveChart,
-    DivergedCurve,
-    Estimate,
-    MatchReport,
-    MemberReport,
-    NoiseReport,
-    SettingReport,
-    TextNoise,
-    TunedReport,
-)
 from slmjax.studies.statistics.results_table import Rules
 from slmjax.studies.statistics.samples import paired_difference, summarize
 from slmjax.studies.statistics.verdicts import Judgement, Noise, Verdict

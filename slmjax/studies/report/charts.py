@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slmjax.studies.report.data import ComparisonReport, CurveChart, StudyReport, TunedReport
-from slmjax.studies.report.pareto import Choice, front
+from slmjax.studies.report.pareto import Choice, pareto_front
 from slmjax.studies.report.sentences import (
     BETTER,
     EQUAL,
@@ -39,7 +39,7 @@ from slmjax.telemetry.report.charts import (
     theme,
 )
 
-ROW = 46  # pixels of a row of the forest plot
+ROW = 50  # pixels of a row of the forest plot
 NARROW = 520  # pixels of a plot; below, the texts of a row are shortened
 WARM_UP = 0.15  # fraction of the steps that do not determine the axis of a learning curve
 EQUAL_COST = 0.02  # costs that differ by less are equal
@@ -53,7 +53,7 @@ LONGEST_INTERVAL = 3.0
 
 
 # Verdicts ---------------------------------------------------------------------------------------------------
-def forest(report: StudyReport) -> Chart | None:
+def forest_chart(report: StudyReport) -> Chart | None:
     """Return the verdicts: a row for each comparison, with its difference, interval and verdict in words."""
     shown = [item for item in report.comparisons if item.difference is not None]
     if not shown:
@@ -158,7 +158,7 @@ def _forest_marks(x: Spec) -> list[Spec]:
         {"field": "numbers", "title": "difference"},
         {"field": "seeds"},
     ]
-    text: Spec = {"type": "text", "baseline": "middle", "fontSize": 12.5, "font": FONT, "yOffset": -11}
+    text: Spec = {"type": "text", "baseline": "middle", "fontSize": 12.5, "font": FONT, "yOffset": -12}
     short_where_narrow = {"condition": {"test": f"width < {NARROW}", "field": "short"}, "field": "long"}
     marks: list[Spec] = [
         {
@@ -224,7 +224,7 @@ def forest_picture(report: StudyReport, kind: str = "svg") -> bytes:
       ValueError: no comparison has a difference yet, the kind is another one, or the `plot` extra is not
         installed.
     """
-    chart = forest(report)
+    chart = forest_chart(report)
     if chart is None:
         raise ValueError(f"{report.study} has no comparison with a difference yet: train two arms first")
     spec = {
@@ -248,7 +248,7 @@ def forest_picture(report: StudyReport, kind: str = "svg") -> bytes:
     raise ValueError(f"there is no picture of kind {kind!r}: choose svg or png")
 
 
-def paired_differences(report: StudyReport) -> Chart | None:
+def pairs_chart(report: StudyReport) -> Chart | None:
     """Return the differences of all seeds as dots, with a line at their mean."""
     shown = [item for item in report.comparisons if item.differences]
     if not shown:
@@ -310,7 +310,7 @@ def paired_differences(report: StudyReport) -> Chart | None:
 
 
 # Curves -----------------------------------------------------------------------------------------------------
-def curves(report: StudyReport, chart: CurveChart) -> Chart | None:
+def curves_chart(report: StudyReport, chart: CurveChart) -> Chart | None:
     """Return learning curves of all arms, with bands from the lowest to the highest of the seeds."""
     arms = [arm.name for arm in report.arms]
     labels = [arm for arm in arms if any(item.arm == arm for item in (*chart.curves, *chart.diverged))]
@@ -428,7 +428,7 @@ def _tradeoff(report: StudyReport, name: str) -> tuple[Chart, str] | None:
     # Arms that were made equal have nothing to trade.
     if len(choices) < 2 or max(costs) <= (1 + EQUAL_COST) * min(costs):
         return None
-    on_front = [choice.name for choice in front(choices, lower_is_better=report.lower_is_better)]
+    on_front = [choice.name for choice in pareto_front(choices, lower_is_better=report.lower_is_better)]
     rows = []
     for arm, choice in zip(shown, choices, strict=True):
         interval = arm.metric.interval if arm.metric is not None else None

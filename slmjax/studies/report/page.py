@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 
-from slmjax.studies.report.charts import curves, forest, paired_differences, tradeoffs, tuned_rates
+from slmjax.studies.report.charts import curves_chart, forest_chart, pairs_chart, tradeoffs, tuned_rates
 from slmjax.studies.report.data import StudyReport
 from slmjax.studies.report.sentences import losers, metric_words, progress_text, summary
 from slmjax.studies.report.tables import (
@@ -59,7 +59,7 @@ def study_page(report: StudyReport) -> str:
     page.parts.append(heading(report.question or report.study, about))
     page.parts.append(_paragraphs([summary(report), report.look], kind="lead"))
     # The order is that of a reader's questions: the verdicts first, how they were made last.
-    page.section("Verdicts", page.grid([forest(report)]), _table(verdicts_table(report)))
+    page.section("Verdicts", page.grid([forest_chart(report)]), _table(verdicts_table(report)))
     page.section("What lost", _list(losers(report)))
     page.section("Arms", _table(arms_table(report)), _table(further_table(report)))
     fronts = tradeoffs(report)
@@ -68,8 +68,8 @@ def study_page(report: StudyReport) -> str:
         page.grid([chart for chart, _ in fronts]),
         _paragraphs([text for _, text in fronts]),
     )
-    page.section("Paired differences", page.grid([paired_differences(report)]))
-    page.section("Learning curves", page.grid([curves(report, chart) for chart in report.curves]))
+    page.section("Paired differences", page.grid([pairs_chart(report)]))
+    page.section("Learning curves", page.grid([curves_chart(report, chart) for chart in report.curves]))
     _add_method(page, report)
     _add_provenance(page, report)
     body = "".join(page.parts)

@@ -1,6 +1,7 @@
 """Pareto fronts: arms that no other arm beats in quality at the same or a lower cost.
 
-front([Choice("base", cost=1.0, quality=2.0), Choice("wide", cost=2.0, quality=1.5)], lower_is_better=True)
+choices = [Choice("base", cost=1.0, quality=2.0), Choice("wide", cost=2.0, quality=1.5)]
+pareto_front(choices, lower_is_better=True)
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ class Choice:
     quality: float
 
 
-def front(choices: Sequence[Choice], *, lower_is_better: bool) -> tuple[Choice, ...]:
+def pareto_front(choices: Sequence[Choice], *, lower_is_better: bool) -> tuple[Choice, ...]:
     """Return the choices on the Pareto front by rising cost.
 
     A choice is on the front if no other costs at most as much and is at least as good, and better in one of

@@ -74,6 +74,7 @@ def theme(*, dark: bool) -> Spec:
         "range": {"category": list(DARK_COLOURS if dark else COLOURS)},
         "line": {"strokeWidth": 1.6, "strokeJoin": "round"},
         "title": {"font": FONT, "subtitleFont": FONT},
+        "text": {"color": ink},
     }
 
 
@@ -232,9 +233,7 @@ def lines(
     # Colours are used again where there are more series than colours, with other dashes.
     if len(labels) > len(COLOURS):
         dashes = [DASHES[index // len(COLOURS) % len(DASHES)] for index in range(len(labels))]
-        layers[0]["encoding"] = {
-            "strokeDash": {**colour, "scale": {"domain": list(labels), "range": dashes}}
-        }
+        layers[0]["encoding"] = {"strokeDash": {**colour, "scale": {"domain": list(labels), "range": dashes}}}
     if any(row["marked"] for row in rows):
         layers.append(
             {"mark": {"type": "point", "filled": True, "size": 30}, "transform": [{"filter": "datum.marked"}]}

@@ -39,7 +39,8 @@ button:hover { color: var(--ink); }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12.5px; margin: 0 0 6px; overflow-wrap: anywhere; } .chart .legend { color: var(--ink); }
 .legend i { display: inline-block; width: 18px; border-top: 3px solid var(--c); margin-right: 6px; vertical-align: 4px; } .legend .d1 { border-top-style: dashed; } .legend .d2 { border-top-style: dotted; }
 .canvas { width: 100%; } .canvas .vega-embed { width: 100%; padding: 0; }
-header + .box { margin-top: 20px; } .box { padding: 4px 16px; overflow-x: auto; } .box + .box { margin-top: 12px; }
+header + .box { margin-top: 20px; } .box { padding: 4px 16px; overflow-x: auto; } .box + .box, .charts + .box { margin-top: 12px; }
+.box ul { margin: 10px 0; padding-left: 20px; overflow-wrap: anywhere; } .lead { font-size: 16px; margin: 16px 0 0; overflow-wrap: anywhere; } .charts + p { margin: 12px 0 0; } main > p { overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; } td, th { text-align: left; padding: 6px 18px 6px 0; border-top: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; }
 tr:first-child > * { border-top: 0; } th { font-weight: 500; color: var(--soft); } td.name { color: var(--soft); width: 38%; }
 .columns td, .columns th { overflow-wrap: normal; } .columns div { white-space: pre-line; } .columns td > div, .columns th > div { min-width: 9ch; max-width: 34ch; overflow-wrap: anywhere; } .columns td.name { width: auto; } .columns td:last-child, .columns th:last-child { padding-right: 0; }
