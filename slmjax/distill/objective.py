@@ -26,7 +26,7 @@ def distill_weights_at(
     total_steps: int,
     state: Mapping[str, Array],
     key: Array,
-    z_loss: float = 0.0,
+    z_loss: float | Float[Array, ""] = 0.0,
 ) -> losses.DistillWeights | None:
     """Return the loss weights and the temperature of a step; None without distillation.
 

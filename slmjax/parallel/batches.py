@@ -72,6 +72,21 @@ def place_batch(batch: Any, mesh: Mesh, *, batch_size: int | None = None) -> Any
     return jax.tree.map(place, batch)
 
 
+def place_batches(batches: Sequence[Any], mesh: Mesh) -> Any:
+    """Turn a batch of host arrays [B ...] of each member of a population into global arrays [N, B ...].
+
+    Args:
+      batches: trees of arrays that hold all sequences: a population is trained by one process.
+      mesh: that of the population.
+    """
+    stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
+    shardings = jax.tree.map(
+        lambda x: named_sharding(("arm", "batch", "time")[: x.ndim] + (None,) * (x.ndim - 3), x.shape, mesh),
+        stacked,
+    )
+    return jax.device_put(stacked, shardings)
+
+
 def batch_shapes(batch: Any, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings that `place_batch` would give to host arrays [B ...] or [B T ...]."""
     return jax.tree.map(

@@ -3,8 +3,8 @@
 Modules name logical dims ("batch", "heads", "ffn", ...); only this folder knows mesh axes. `make_mesh` builds
 a mesh with compiler-managed (Auto) axes, which is entered with `jax.set_mesh(mesh)`.
 
-Logical dims: batch B, time T, embed D, heads N, kv_heads K, ffn F, vocab V, expert E; tokens is time sharded
-further, inside losses.
+Logical dims: arm (members of a population), batch B, time T, embed D, heads N, kv_heads K, ffn F, vocab V,
+expert E; tokens is time sharded further, inside losses.
 """
 
 import dataclasses
@@ -16,10 +16,13 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
+# Members of a population; an axis of `population_mesh` alone.
+ARM = "arm"
 
 # The `*_rows` dims shard the first dim of a matrix over fsdp too, where "vocab", "heads" and "ffn" leave fsdp
 # to the second dim, "embed".
 LOGICAL_DIMS: Mapping[str, tuple[str, ...]] = {
+    "arm": (ARM,),
     "batch": ("data", "fsdp", "expert"),
     "time": ("context",),
     "tokens": ("context", "tensor"),
@@ -82,6 +85,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
     )
+
+
+def population_mesh(mesh: Mesh, *, num_members: int) -> Mesh:
+    """Return the mesh of a population whose members have this mesh each: a part of the axis data is `arm`.
+
+    The axis `arm` gets as many devices as divide both the number of members and the axis data, so that no
+    device is idle. The order of the devices stays.
+    """
+    num_arms = math.gcd(num_members, mesh.shape["data"])
+    sizes = {ARM: num_arms, **mesh.shape}
+    sizes["data"] //= num_arms
+    devices = mesh.devices.reshape(tuple(sizes.values()))
+    return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def named_sharding(dims: Dims, shape: Sequence[int], mesh: Mesh) -> NamedSharding:

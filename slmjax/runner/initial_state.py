@@ -18,20 +18,13 @@ from slmjax.runner.setup import Setup, log
 from slmjax.runner.token_count import TokenCount, read_count
 from slmjax.telemetry.run_directory import RunDirectory
 from slmjax.training.experiment import FromTeacherLayers
-from slmjax.training.state import TrainState, init_state
+from slmjax.training.state import TrainState
 
 
 def fresh_state(setup: Setup) -> TrainState:
     """Return the state before the first step: fresh parameters, or those of another model."""
     experiment = setup.experiment
-    programs = setup.programs
-    state = init_state(
-        programs.definition,
-        programs.optimizer,
-        shapes=programs.shapes,
-        seed=experiment.run.seed,
-        objective=experiment.objective,
-    )
+    state = setup.programs.init(experiment.run.seed)
     init = experiment.init
     if (source := init.source()) is None:
         return state

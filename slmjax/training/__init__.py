@@ -10,6 +10,7 @@ An experiment file imports the settings of everything but the model from here:
 
 Files in reading order:
 
+- hyperparameters.py: numbers of a step that may be arrays
 - optim.py: optimizers and learning-rate schedules
 - objective.py: settings of the loss
 - experiment.py: `Experiment`, the tree of settings
@@ -17,6 +18,7 @@ Files in reading order:
 - state.py: `TrainState`
 - metrics.py: metrics of a step
 - step.py: the train step, with the loss of a batch as sums and counts
+- population.py: the train step of several members at once
 - programs.py: the jitted programs of an experiment
 """
 

@@ -29,6 +29,7 @@ from optax import contrib
 
 from slmjax.config import added_field
 from slmjax.quantization.quantizer_params import is_activation_quantizer_param, is_quantizer_param, is_sign
+from slmjax.training.hyperparameters import Hyperparameters
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +251,11 @@ def _num_stacked_dims(path: str) -> int:
 
 # The chain --------------------------------------------------------------------------------------------------
 def make_optimizer(
-    config: OptimConfig, params: Mapping[str, Any], *, total_steps: int
+    config: OptimConfig,
+    params: Mapping[str, Any],
+    *,
+    total_steps: int,
+    hyperparameters: Hyperparameters | None = None,
 ) -> optax.GradientTransformation:
     """Return the optimizer of these parameters.
 
@@ -262,18 +267,23 @@ def make_optimizer(
       config: the settings.
       params: path to parameter, or to anything else with `.shape` and `.ndim`.
       total_steps: the number of updates the schedule is made for.
+      hyperparameters: numbers that replace those of `config`, and may be traced. The state does not depend
+        on them. Which parameters decay is still decided by `config`.
     """
     schedule: Any = functools.partial(learning_rate, config, total_steps=total_steps)
+    if hyperparameters is not None:
+        schedule = hyperparameters.learning_rate
+    numbers = hyperparameters or config
     groups = parameter_groups(config, params)
 
     def transform(path: str, group: Group) -> optax.GradientTransformation:
         if is_sign(path):
             # Signs of scales are not trained: after an update they would be other values than -1 and 1.
             return optax.set_to_zero()
-        stacked = _stacked(_direction(config, group), num_dims=_num_stacked_dims(path))
+        stacked = _stacked(_direction(config, group, numbers), num_dims=_num_stacked_dims(path))
         return (
-            _times(stacked, config.scale_lr / config.lr)
-            if config.scale_lr is not None and is_quantizer_param(path)
+            _times(stacked, numbers.scale_lr / numbers.lr)
+            if numbers.scale_lr is not None and is_quantizer_param(path)
             else stacked
         )
 
@@ -282,7 +292,7 @@ def make_optimizer(
     # https://arxiv.org/abs/1211.5063). Its norm is that of all parameters: the direction of the gradient
     # stays.
     return optax.chain(
-        optax.identity() if config.grad_clip is None else optax.clip_by_global_norm(config.grad_clip),
+        optax.identity() if numbers.grad_clip is None else optax.clip_by_global_norm(numbers.grad_clip),
         _each_parameter(transforms),
         optax.scale_by_learning_rate(schedule),
     )
@@ -306,14 +316,16 @@ def _times(transform: optax.GradientTransformation, factor: float) -> optax.Grad
     return optax.GradientTransformation(transform.init, update)
 
 
-def _direction(config: OptimConfig, group: Group) -> optax.GradientTransformation:
+def _direction(
+    config: OptimConfig, group: Group, numbers: OptimConfig | Hyperparameters
+) -> optax.GradientTransformation:
     """Return the direction of one unstacked parameter, weight decay included, before the learning rate."""
     # Decoupled decay (AdamW, https://arxiv.org/abs/1711.05101): it is added after the moments, so that it
     # does not depend on the size of the gradient.
-    decay = optax.add_decayed_weights(group.weight_decay) if group.weight_decay else optax.identity()
-    beta1, beta2 = config.betas
+    decay = optax.add_decayed_weights(numbers.weight_decay) if group.weight_decay else optax.identity()
+    beta1, beta2 = numbers.betas
     if group.optimizer is Optimizer.ADAMW:
-        return optax.chain(optax.scale_by_adam(beta1, beta2, eps=config.eps), decay)
+        return optax.chain(optax.scale_by_adam(beta1, beta2, eps=numbers.eps), decay)
     # Lion (https://arxiv.org/abs/2302.06675) moves by signs, so its rate is 3 to 10 times below AdamW's.
     if group.optimizer is Optimizer.LION:
         return optax.chain(optax.scale_by_lion(beta1, beta2), decay)
@@ -328,11 +340,14 @@ def _direction(config: OptimConfig, group: Group) -> optax.GradientTransformatio
         )
     # The whole chain ends with AdamW's learning rate, so the ratio of both rates makes up for the difference.
     return optax.chain(
-        _muon(config), _scale_by_aspect_ratio(), decay, optax.scale(config.muon_lr / config.lr)
+        _muon(config, beta=numbers.muon_momentum),
+        _scale_by_aspect_ratio(),
+        decay,
+        optax.scale(numbers.muon_lr / numbers.lr),
     )
 
 
-def _muon(config: OptimConfig) -> optax.GradientTransformation:
+def _muon(config: OptimConfig, *, beta: Any) -> optax.GradientTransformation:
     """Orthogonalised Nesterov momentum of a matrix, by Newton-Schulz iterations.
 
     The published rule (Jordan, https://kellerjordan.github.io/posts/muon):
@@ -343,7 +358,6 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
     and g by 1 - beta**t, only gives the gradient of early steps more weight relative to the momentum. State
     and checkpoints are the same with it and without.
     """
-    beta = config.muon_momentum
     numbers = contrib.MuonDimensionNumbers()
     corrected = contrib.scale_by_muon(
         beta=beta, ns_steps=config.muon_iterations, weight_dimension_numbers=numbers

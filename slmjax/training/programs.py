@@ -25,8 +25,8 @@ from slmjax.quantization.rules import QuantPhase
 from slmjax.quantization.schedule import quant_schedule_of
 from slmjax.training.experiment import Experiment
 from slmjax.training.optim import cooldown_step, make_optimizer
-from slmjax.training.state import TrainState, state_shapes
-from slmjax.training.step import TrainStep, make_train_step
+from slmjax.training.state import TrainState, make_init, state_shapes
+from slmjax.training.step import StepSettings, TrainStep, compiled_step, step_settings
 
 CodeSums = Callable[[Mapping[str, Any]], dict[str, Any]]
 
@@ -64,6 +64,8 @@ class Programs:
     inference: Definition  # the same parameters, as evaluation and sampling use them
     optimizer: optax.GradientTransformation
     shapes: TrainState
+    init: Callable[[int], TrainState]  # from a seed to a fresh state
+    step_settings: StepSettings
     train_step: TrainStep
     eval_step: EvalStep
     code_sums: CodeSums  # checksums of the codes that parameters have on these devices, for a checkpoint
@@ -98,12 +100,11 @@ def make_programs(
     with_ema = experiment.optim.ema_decay is not None
     objective = experiment.objective
     shapes = state_shapes(definition, optimizer, with_ema=with_ema, mesh=mesh, objective=objective)
-    train_step = make_train_step(
+    settings = step_settings(
         definition,
         optimizer,
         objective=objective,
         optim=experiment.optim,
-        shapes=shapes,
         total_steps=steps,
         quant_schedule=quant_schedule,
     )
@@ -114,7 +115,9 @@ def make_programs(
         inference=inference,
         optimizer=optimizer,
         shapes=shapes,
-        train_step=train_step,
+        init=make_init(definition, optimizer, shapes=shapes, objective=objective),
+        step_settings=settings,
+        train_step=compiled_step(settings, shapes),
         eval_step=make_eval_step(inference, loss_config=loss_config, unrounded=experiment.eval.unrounded),
         flips=CodeFlips(weight_formats(definition) if experiment.run.log_flips else {}),
         code_sums=jax.jit(

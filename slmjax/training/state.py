@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -109,10 +109,22 @@ def init_state(
     objective: ObjectiveConfig = CROSS_ENTROPY,
 ) -> TrainState:
     """Return a fresh state, every array created with its sharding."""
+    return make_init(definition, optimizer, shapes=shapes, objective=objective)(seed)
+
+
+def make_init(
+    definition: Definition,
+    optimizer: optax.GradientTransformation,
+    *,
+    shapes: TrainState,
+    objective: ObjectiveConfig = CROSS_ENTROPY,
+) -> Callable[[int], TrainState]:
+    """Return a function from a seed to a fresh state, which compiles once for all seeds."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     fresh = functools.partial(_fresh, definition, optimizer, objective, shapes.ema is not None)
     # Made under jit with shardings, so that a device computes and stores only its shards.
-    return jax.jit(fresh, out_shardings=shardings)(jax.random.key_data(jax.random.key(seed)))
+    init = jax.jit(fresh, out_shardings=shardings)
+    return lambda seed: init(jax.random.key_data(jax.random.key(seed)))
 
 
 def _fresh(

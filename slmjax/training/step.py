@@ -28,6 +28,7 @@ from slmjax.models.paths import block_at
 from slmjax.parallel import communication
 from slmjax.quantization.fake_quantization import fake_quantize, weight_formats
 from slmjax.quantization.schedule import QuantSchedule
+from slmjax.training.hyperparameters import Hyperparameters
 from slmjax.training.metrics import GradientGroups, gradient_groups, gradient_norms, step_metrics
 from slmjax.training.objective import ObjectiveConfig
 from slmjax.training.optim import OptimConfig, learning_rate
@@ -53,6 +54,23 @@ class StepSettings:
     gradient_groups: GradientGroups
     is_quantized: bool  # the model computes with other parameters than those that are trained
     forward: Definition  # computes with fake-quantized parameters as they are, without another transform
+    hyperparameters: Hyperparameters | None = None  # in place of numbers of `optim` and `objective`
+
+    def learning_rate(self, step: Array) -> Float[Array, ""]:
+        """Return the learning rate of an update; the first has number 0."""
+        if self.hyperparameters is not None:
+            return self.hyperparameters.learning_rate(step)
+        return learning_rate(self.optim, step, total_steps=self.total_steps)
+
+    @property
+    def z_loss(self) -> Any:
+        """Coefficient of the squared log-normaliser."""
+        return (self.hyperparameters or self.objective).z_loss
+
+    @property
+    def ema_decay(self) -> Any:
+        """Decay of the averaged parameters; None without them."""
+        return (self.hyperparameters or self.optim).ema_decay
 
 
 # The step ---------------------------------------------------------------------------------------------------
@@ -113,9 +131,7 @@ def train_step(
         objective=loss,
         grad_norm=grad_norm,
         grad_norms=gradient_norms(grads, settings.gradient_groups),
-        learning_rate=learning_rate(
-            settings.optim, state.step - state.skipped, total_steps=settings.total_steps
-        ),
+        learning_rate=settings.learning_rate(state.step - state.skipped),
     )
     if weights is not None:
         metrics |= distillation.weight_metrics(weights)
@@ -132,16 +148,29 @@ def make_train_step(
     total_steps: int,
     quant_schedule: QuantSchedule | None = None,
 ) -> TrainStep:
-    """Return the jitted step `(state, batch, teacher_outputs) -> (state, metrics)`.
+    """Return the train step of these settings, compiled: see `compiled_step`."""
+    settings = step_settings(
+        definition,
+        optimizer,
+        objective=objective,
+        optim=optim,
+        total_steps=total_steps,
+        quant_schedule=quant_schedule,
+    )
+    return compiled_step(settings, shapes)
 
-    Call it under the mesh; the first call compiles it. The state is donated: its buffers are reused for the
-    new one.
 
-    `teacher_outputs` are those of this batch. Without them, which is a program of its own, the loss has no
-    divergence. Metrics are described at `metrics.step_metrics`; every process can read them, since they are
-    replicated.
-    """
-    settings = StepSettings(
+def step_settings(
+    definition: Definition,
+    optimizer: optax.GradientTransformation,
+    *,
+    objective: ObjectiveConfig,
+    optim: OptimConfig,
+    total_steps: int,
+    quant_schedule: QuantSchedule | None = None,
+) -> StepSettings:
+    """Return the settings of a train step, with what follows from the definition."""
+    return StepSettings(
         definition=definition,
         optimizer=optimizer,
         objective=objective,
@@ -152,6 +181,18 @@ def make_train_step(
         is_quantized=definition.is_transformed,
         forward=definition.transformed(),
     )
+
+
+def compiled_step(settings: StepSettings, shapes: TrainState) -> TrainStep:
+    """Return the jitted step `(state, batch, teacher_outputs) -> (state, metrics)`.
+
+    Call it under the mesh; the first call compiles it. The state is donated: its buffers are reused for the
+    new one.
+
+    `teacher_outputs` are those of this batch. Without them, which is a program of its own, the loss has no
+    divergence. Metrics are described at `metrics.step_metrics`; every process can read them, since they are
+    replicated.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     step = functools.partial(train_step, settings)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
@@ -175,7 +216,7 @@ def distill_weights(settings: StepSettings, state: TrainState, key: Array) -> lo
         total_steps=settings.total_steps,
         state=state.divergence,
         key=key,
-        z_loss=settings.objective.z_loss,
+        z_loss=settings.z_loss,
     )
 
 
@@ -215,6 +256,7 @@ def loss_and_grads(
             key=part_key if settings.definition.config.dropout > 0 else None,
             teacher_outputs=teachers,
             weights=weights,
+            z_loss=settings.z_loss,
         )
         means = [value / jnp.maximum(totals[count], 1.0) for value, count in terms.values()]
         return jnp.sum(jnp.stack(means)), sums
@@ -250,6 +292,7 @@ def loss_terms(
     key: Array | None,
     teacher_outputs: Sequence[losses.TeacherOutput] = (),
     weights: losses.DistillWeights | None = None,
+    z_loss: float | Float[Array, ""] | None = None,
 ) -> tuple[dict[str, tuple[Float[Array, ""], str]], dict[str, Array]]:
     """Return the sums that make up the loss, each with its count's name, and sums that are only reported.
 
@@ -258,6 +301,7 @@ def loss_terms(
       key: randomness of dropout; None where there is none.
       teacher_outputs: of this batch; none where the divergence has no weight.
       weights: loss weights of distillation (`distill.objective.distill_weights_at`); None without it.
+      z_loss: coefficient within the cross entropy in place of the objective's.
     """
     model = definition.merge_transformed(params, buffers)
     output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, key=key)
@@ -280,7 +324,7 @@ def loss_terms(
             output.head,
             batch.targets,
             batch.loss_mask,
-            z_loss=objective.z_loss,
+            z_loss=objective.z_loss if z_loss is None else z_loss,
             chunk_size=objective.chunk_size,
         )
         if weights is not None:
@@ -301,10 +345,10 @@ def apply_gradients(settings: StepSettings, state: TrainState, grads: Params) ->
         )
     params = jax.tree.map(jnp.add, state.params, updates)
     ema = None
-    if settings.optim.ema_decay is not None:
+    if settings.ema_decay is not None:
         # The decay warms up as (1 + n) / (10 + n), so that the initial weights do not linger in the average.
         num_updates = state.step - state.skipped
-        rate = 1.0 - jnp.minimum(settings.optim.ema_decay, (1.0 + num_updates) / (10.0 + num_updates))
+        rate = 1.0 - jnp.minimum(settings.ema_decay, (1.0 + num_updates) / (10.0 + num_updates))
         ema = jax.tree.map(lambda old, new: old + rate * (new - old), state.ema, params)
     return dataclasses.replace(state, params=params, optimizer=moments, ema=ema)
 
