@@ -5,5 +5,7 @@ Files in reading order:
 - samples.py: summaries, paired differences, bootstrap intervals, Holm's correction
 - ratios.py: ratios with intervals
 - results_table.py: arms by seeds, and the rules of verdicts
+- two_way.py: noise pooled over arms and seeds, and noisy arms
+- power.py: effects that a number of seeds resolves, and seeds that an effect takes
 - verdicts.py: verdicts on comparisons
 """

@@ -193,6 +193,46 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     return tuple(adjusted)
 
 
+def holm_with_equality(
+    p_values: Sequence[float], equal_p: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the adjusted p values of comparisons that are tested for a difference and for equality.
+
+    Each comparison has two hypotheses, that the arms do not differ and that they differ by the margin or
+    more, of which at most one is true. Rejecting those with an adjusted p up to 0.05 limits the probability
+    of any false rejection of either kind to 0.05. It is the closed test (Marcus, Peritz and Gabriel, 1976) by
+    Bonferroni's inequality over all sets of hypotheses that can be true together: those with k comparisons
+    count k. A comparison gives up its share only if both of its hypotheses are rejected, so that most p
+    values are multiplied by the number of comparisons. Holm's correction of both kinds apart would allow
+    0.05 for each.
+
+    Args:
+      p_values: of the tests for a difference.
+      equal_p: of the two one-sided tests for equality, in the same order.
+
+    Raises:
+      ValueError: the lengths differ, or a p value is not between 0 and 1.
+    """
+    if len(p_values) != len(equal_p):
+        raise ValueError(f"{len(p_values)} and {len(equal_p)} p values: give two for each comparison")
+    for value in (*p_values, *equal_p):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{value} is not a p value: it must be between 0 and 1")
+    # Of another comparison, whichever hypothesis is true, its p value is at most the larger one.
+    larger = [max(pair) for pair in zip(p_values, equal_p, strict=True)]
+
+    def adjusted(own: float, i: int) -> float:
+        others = sorted((value for j, value in enumerate(larger) if j != i), reverse=True)
+        # The set of k comparisons that is the hardest to reject has the largest of the others.
+        hardest = [own, *(min(own, value) for value in others)]
+        return min(1.0, max((k + 1) * value for k, value in enumerate(hardest)))
+
+    return (
+        tuple(adjusted(value, i) for i, value in enumerate(p_values)),
+        tuple(adjusted(value, i) for i, value in enumerate(equal_p)),
+    )
+
+
 def _finite(values: Sequence[float]) -> Float[np.ndarray, " N"]:
     array = np.asarray(values, dtype=np.float64).reshape(-1)
     if not np.isfinite(array).all():
