@@ -19,6 +19,7 @@ Files in reading order:
 - recovery_report.py: `slmjax formats report`
 - format_table.py: `slmjax formats table`
 - reporting.py: `slmjax runs`, `slmjax report` and `slmjax compare`
+- verdicts.py: `slmjax verdict`
 - inspecting.py: `slmjax models` and `slmjax data`
 """
 
@@ -39,6 +40,7 @@ from slmjax.cli.options import checked_output, print_stderr
 from slmjax.cli.quantizing import quantize_command, verify_export_command
 from slmjax.cli.reporting import compare_command, report_command, runs_command
 from slmjax.cli.training import train_command
+from slmjax.cli.verdicts import verdict_command
 from slmjax.stop_signals import INTERRUPTED_STATUS, Stopped, StopSignals
 from slmjax.telemetry.messages import MessageHandler
 
@@ -59,6 +61,7 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
         "runs": runs_command,
         "report": report_command,
         "compare": compare_command,
+        "verdict": verdict_command,
         "models": models_command,
         "formats": formats_command,
     },

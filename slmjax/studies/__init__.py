@@ -18,6 +18,7 @@ Files in reading order:
 - design.py: budgets, quantities that are made equal, rates that are tuned.
 - study.py: a study and its members; running.py runs and resumes them.
 - questions.py: what is asked of results, and their table; caveats.py: notes on what does not compare.
+- results_files.py: rows of files and directories; foreign_results.py: their columns as a question.
 - findings.py: comparisons and verdicts; layout.py shows them; text_tables.py aligns their tables.
 - sweeps.py: each arm at its own best learning rate.
 - report/: the page of a study, its tables for texts, and the data that they show.

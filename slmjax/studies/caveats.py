@@ -30,9 +30,10 @@ def member_notes(outcomes: Outcomes) -> list[str]:
         for arm in outcomes.question.arms:
             member = outcomes.members.get((arm, seed))
             if member is None:
-                notes.append(f"{arm}, seed {seed}: not trained yet, and left out of its pairs.")
+                notes.append(f"{arm}, seed {seed}: no result yet, and left out of its pairs.")
             elif member.status != FINISHED:
-                reason = f" ({member.error})" if member.error else f" after {member.result.get('step')} steps"
+                steps = f" after {member.result['step']} steps" if "step" in member.result else ""
+                reason = f" ({member.error})" if member.error else steps
                 notes.append(f"{arm}, seed {seed}: {member.status}{reason}, and left out of its pairs.")
             elif member.metric_value(metric) is None:
                 notes.append(f"{arm}, seed {seed}: has no finite {metric}, and is left out of its pairs.")

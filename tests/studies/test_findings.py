@@ -132,7 +132,7 @@ def test_a_study_under_way(tmp_path: Path) -> None:
     asked = three_arms()
     members = run_study(three_arms(seeds=(0,)), tmp_path, train=StubTrainer())
     findings = analyze(asked, members)
-    assert "slow, seed 2: not trained yet, and left out of its pairs." in findings.notes
+    assert "slow, seed 2: no result yet, and left out of its pairs." in findings.notes
     assert all(one.verdict is Verdict.NOT_RESOLVED for one in findings.comparisons)
     empty = analyze(asked, ())
     assert empty.is_matched is None and empty.arms[0].metric is None

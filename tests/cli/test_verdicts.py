@@ -1,0 +1,66 @@
+"""`slmjax verdict` as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slmjax import cli
+from slmjax.studies import read_findings
+
+RESULTS = """\
+optimizer,seed,val_loss,acc
+adam,0,1.50,0.30
+adam,1,1.52,0.31
+adam,2,1.49,0.29
+muon,0,1.40,0.40
+muon,1,1.43,0.41
+muon,2,1.395,0.40
+sgd,0,nan,0.1
+sgd,1,1.54,0.2
+sgd,2,1.50,0.2
+"""
+
+
+def verdict(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["verdict", *arguments])
+    out, err = capsys.readouterr()
+    assert isinstance(stopped.value.code, int) and "Traceback" not in err
+    return stopped.value.code, out + err
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "results.csv"
+    path.write_text(RESULTS)
+    return path
+
+
+def test_a_verdict_on_a_csv(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--arm", "optimizer", "--metric", "val_loss", "--baseline", "adam")
+    status, out = verdict(capsys, results.name, *options, "--further-metrics", "acc")
+    assert status == 0 and "columns: seed = seed (guessed)" in out
+    assert "better" in out and "sgd, seed 0: diverged" in out and "acc" in out
+    assert [path.name for path in results.parent.iterdir()] == ["results.csv"], "nothing is written unasked"
+    status, out = verdict(capsys, results.name, *options, "--json", "--out", "answer")
+    printed = json.loads(out)
+    assert status == 0 and printed["columns"]["guessed"] == ["seed"]
+    assert printed["written"][0] == "answer/findings.json"
+    assert json.loads(Path(printed["written"][0]).read_text()) == printed["findings"]
+    assert read_findings("answer").comparisons[0].arm == "muon"
+    # A higher value is the better one: the same numbers come to the other verdict.
+    status, out = verdict(capsys, results.name, *options, "--higher-is-better")
+    assert status == 0 and "worse" in out and "higher is better" in out
+
+
+def test_bad_input_has_status_2(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = verdict(capsys, results.name, "--arm", "optimiser", "--metric", "val_loss")
+    assert status == 2 and "Did you mean 'optimizer'" in out
+    status, out = verdict(capsys, results.name, "--arm", "optimizer", "--metric", "val_loss")
+    assert status == 2 and "--baseline: one of adam, muon, sgd" in out
+    status, out = verdict(capsys, results.name, "--confidence", "95")
+    assert status == 2 and "confidence is 95" in out
+    status, out = verdict(capsys)
+    assert status == 2 and "no results to read" in out
