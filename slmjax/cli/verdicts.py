@@ -12,8 +12,6 @@ def verdict_command(argv: Sequence[str]) -> int:
     """Judge which arm is better: runs of a CSV, JSON or W&B export, or run directories.
 
     slmjax verdict RESULTS ... --arm COLUMN --seed COLUMN --metric COLUMN --baseline NAME
-
-    slmjax verdict --campaign DIR
     """
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +50,6 @@ def verdict_command(argv: Sequence[str]) -> int:
         tolerance: float = 0.0
         # directory to write findings.json and the report to (none: nothing is written)
         out: str | None = None
-        # control false discoveries over all studies below this directory
-        campaign: str | None = None
         # print the findings as JSON
         json: bool = False
 
