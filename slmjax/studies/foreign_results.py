@@ -255,7 +255,7 @@ def read_columns(
     for row in table.rows:
         runs.setdefault((_arm(row, columns), _seed(row, columns)), []).append(row)
     members = tuple(_member(_last(rows, columns), columns, *key) for key, rows in runs.items())
-    arms = tuple(dict.fromkeys(member.arm for member in members))
+    arms = [*dict.fromkeys(member.arm for member in members)]
     if len(arms) < 2:
         raise ValueError(
             f"{table.source} has one arm by the column {columns.arm}, {arms[0]}: a comparison needs two"
@@ -266,7 +266,7 @@ def read_columns(
     budget = columns.budget or (columns.step if has_steps else None)
     question = Question(
         name=table.source,
-        arms=arms,
+        arms=tuple(arms),
         seeds=tuple(sorted({member.seed for member in members})),
         baseline=chosen,
         metric=columns.metric,
