@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Protocol, runtime_checkable
 
+from slmjax.ownership import require_ownership
+
 # Seconds in which the main thread may delete temporary files before the process is ended.
 GRACE_SECONDS = 5.0
 INTERRUPTED_STATUS = 75  # EX_TEMPFAIL, "try again later": distinct from success and failure for supervisors
@@ -115,7 +117,11 @@ class StopSignals:
         return self._received is not None
 
     def requested(self) -> signal.Signals | None:
-        """Return the signal to stop for, if any. Several processes must ask in step: all hear the same."""
+        """Return the signal to stop for, if any. Several processes must ask in step: all hear the same.
+
+        Also raises what `require_ownership` does, where the run belongs to another process by now.
+        """
+        require_ownership()
         return self._received if self._others is None else self._others.agreed()
 
     def defer(self) -> None:

@@ -25,9 +25,9 @@ PACKAGE = ROOT / "slmjax"
 # A folder (or a file beside them) imports only from those before it. A subfolder that is listed has a place
 # of its own.
 ORDER = (
-    "startup stop_signals stored_json faults config atomic_files parallel formats data telemetry kernels "
-    "losses models quantization checkpoints quantization.ptq distill sampling evaluation convert training "
-    "planning runner studies cli __main__"
+    "startup ownership stop_signals stored_json faults config atomic_files parallel formats data telemetry "
+    "kernels losses models quantization checkpoints quantization.ptq distill sampling evaluation convert "
+    "training planning runner studies cli __main__"
 ).split()
 
 LONGEST_FILE = 600

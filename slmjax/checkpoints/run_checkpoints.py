@@ -49,6 +49,7 @@ from slmjax.checkpoints.step_directories import (
 )
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.definition import unstack
+from slmjax.ownership import require_ownership
 from slmjax.parallel.processes import broadcast_text
 from slmjax.stored_json import DamagedFile
 
@@ -125,8 +126,11 @@ class Checkpointer:
             it is complete; until then the old one is.
           diverged: the run ends because it diverged. The state is kept as `STEP.diverged`, which no run
             resumes from, and the checkpoints that led to it are removed.
+
+        Raises what `require_ownership` does, where the run belongs to another process by now.
         """
         self.wait()
+        require_ownership(now=True)
         self._tracebacks.drop()
         if reason := _first_reason(self._obstacle(step, items)):
             self._give_up(step, reason)

@@ -16,6 +16,7 @@ Files in reading order:
 - statistics/: samples, verdicts and power, on plain numbers.
 - changes.py: changes of an experiment by field paths.
 - design.py: budgets, quantities that are made equal, rates that are tuned.
+- claims.py: which process trains a member, on any host.
 - study.py: a study and its members; running.py runs and resumes them.
 - questions.py: what is asked of results, and their table; caveats.py: notes on what does not compare.
 - results_files.py: rows of files and directories; foreign_results.py: their columns as a question.
@@ -27,6 +28,7 @@ Files in reading order:
 
 from slmjax.quantization.ptq.round_to_nearest import Clip
 from slmjax.studies.arms import Arm, Derivation, Derived
+from slmjax.studies.claims import Lease
 from slmjax.studies.derived import RoundToNearest
 from slmjax.studies.design import Budget, Dimension, LearningRates, Match, Quantity
 from slmjax.studies.findings import (
@@ -100,6 +102,7 @@ __all__ = [
     "Findings",
     "Question",
     "Interrupted",
+    "Lease",
     "Measurement",
     "MEMBERS",
     "Member",

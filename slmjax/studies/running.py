@@ -1,18 +1,29 @@
 """Running a study: its members are trained or derived, recorded, and resumed after an interruption.
 
-    members = run_study(study, "studies/width")  # calling it again resumes an interrupted study
+    members = run_study(study, "studies/width")                 # calling it again resumes what is left
+    members = run_study(study, "studies/width", worker=True)    # one of many processes, on any hosts
 
-Members are trained one after another, all arms of the first seed before the second: an incomplete study has
-complete pairs.
+Members are taken in order, all arms of the first seed before the second: an incomplete study has complete
+pairs. The directory is the queue. Each process claims a member before it trains it (`claims.py`), so that any
+number of them may work on one study.
 
+    DIRECTORY/claims/ARM/seed-N/               who trained it, and the outcome
     DIRECTORY/members.jsonl                    a line for each member that ended
     DIRECTORY/ARM/seed-N/RUN                   its run directory
     DIRECTORY/ARM/seed-N/model                 a model derived from another member
+
+A run whose worker was killed or lost is taken over: it is renamed to RUN.TOKEN, after the number of the new
+claim, before it is resumed from its newest checkpoint. What the earlier worker writes after that, should it
+only have been paused, is not in the run: its paths are gone, and files that it has open were replaced.
 """
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +31,11 @@ import jax
 from rich.console import Console
 
 from slmjax.config import fingerprint
+from slmjax.ownership import owned_by, require_ownership
 from slmjax.runner import trainer
+from slmjax.stop_signals import Stopped, StopSignals
 from slmjax.studies.arms import Arm, Derived
+from slmjax.studies.claims import Claim, ClaimLost, Claims, Lease, State, locked
 from slmjax.studies.derived import derive
 from slmjax.studies.study import (
     DIVERGED,
@@ -33,6 +47,7 @@ from slmjax.studies.study import (
     Study,
     member_experiment,
     member_fingerprint,
+    member_of,
     read_members,
 )
 from slmjax.telemetry.run_directory import RunLog, plain, read_log, read_result
@@ -46,6 +61,7 @@ class Interrupted(RuntimeError):
 
 
 Train = Callable[..., trainer.Result]  # as `trainer.train`
+LEASE = Lease()
 
 
 def run_study(
@@ -55,12 +71,16 @@ def run_study(
     on_change: OnChange = OnChange.REFUSE,
     train: Train = trainer.train,
     console: Console | None = None,
+    only: Sequence[str] | None = None,
+    worker: bool = False,
+    wait: bool = False,
+    lease: Lease = LEASE,
 ) -> tuple[Member, ...]:
-    """Train the members that have not ended yet, and return all of them.
+    """Train the members that have not ended yet, and return all that have.
 
     A member that diverges or fails is recorded as such, and the study continues. Called again, it skips
     members that finished or diverged, retries those that failed, and resumes an interrupted run from its
-    newest checkpoint.
+    newest checkpoint. Several processes may call it at once.
 
     Args:
       study: the arms and seeds.
@@ -68,41 +88,204 @@ def run_study(
       on_change: handling of members whose experiment has changed.
       train: a replacement for `trainer.train`.
       console: where to show progress (none: standard output).
+      only: names of the arms to train (none: all); sources of derived ones are trained as well.
+      worker: whether this is one of many processes: it returns once other workers, who are seen to live,
+        train all that is left. Otherwise it waits for them.
+      wait: whether a worker waits, too.
+      lease: of the claims of this process.
 
     Raises:
-      ValueError: an experiment has changed (`read_members`), or there are several processes.
+      ValueError: an experiment has changed (`read_members`), there is no such arm, the processes of this
+        program train one run together, or several workers cannot share this file system.
       Interrupted: the current run was stopped by a signal, and has saved its state.
     """
     # Each process would train, record and skip members on its own.
     if jax.process_count() > 1:
         raise ValueError(
-            "a study runs in one process: use one host, or train its members separately on several hosts"
+            "a study does not run in processes that are joined: start each as a worker of its own "
+            "(SLMJAX_DISTRIBUTED=off, --worker)"
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    done = {
-        (member.arm, member.seed): member for member in read_members(study, directory, on_change=on_change)
-    }
-    # Seeds in the outer loop: an interrupted study has complete pairs.
-    with RunLog(directory / MEMBERS) as records:
-        for seed in study.seeds:
-            for arm in study.arms:
-                # A failure may be of the machine, such as a full disk, and is tried again; divergence is a
-                # result.
-                if (arm.name, seed) in done and done[arm.name, seed].status != FAILED:
-                    continue
-                if isinstance(arm, Derived):
-                    member = _derive_member(study, arm, seed, directory, source=done[arm.source, seed])
-                else:
-                    member = _train_member(study, arm, seed, directory, train=train, console=console)
-                # Written as soon as a member ends: a later crash cannot lose it.
-                records.write("member", **dataclasses.asdict(member))
-                done[arm.name, seed] = member
+    claims = Claims(directory, lease=lease, needs_links=worker)
+    queue = _Queue(study, directory, claims, only=only, on_change=on_change)
+    # Between trainings, too, a worker ends in order: its claims are released.
+    with _stopping_in_order(worker) as signals, claims:
+        while True:
+            if signals is not None and signals.received:
+                raise Interrupted("stopped between two members: start the worker again to train the rest")
+            if (taken := queue.take()) is not None:
+                arm, seed, claim = taken
+                with contextlib.suppress(ClaimLost):
+                    _run_member(study, arm, seed, directory, queue, claim, train=train, console=console)
+            elif queue.is_done or (worker and not wait and queue.is_in_good_hands):
+                break
+            else:
+                queue.pause()
     return read_members(study, directory)
 
 
+@contextlib.contextmanager
+def _stopping_in_order(worker: bool) -> Iterator[StopSignals | None]:
+    """Context in which a worker that is stopped by a signal raises Interrupted."""
+    if not worker:
+        yield None
+        return
+    with StopSignals() as signals:
+        try:
+            yield signals
+        except Stopped as error:
+            raise Interrupted(f"{error}: start the worker again to train the rest") from error
+
+
+# The queue --------------------------------------------------------------------------------------------------
+class _Queue:
+    """The members that are left of a study, in its order."""
+
+    def __init__(
+        self,
+        study: Study,
+        directory: Path,
+        claims: Claims,
+        *,
+        only: Sequence[str] | None,
+        on_change: OnChange,
+    ) -> None:
+        self.study = study
+        self.claims = claims
+        names = set() if only is not None else {arm.name for arm in study.arms}
+        for name in only or ():
+            while name not in names:
+                names.add(name)
+                arm = study.arm(name)
+                name = arm.source if isinstance(arm, Derived) else name
+        self.left = [(arm, seed) for seed in study.seeds for arm in study.arms if arm.name in names]
+        # Outcomes before this process, from members.jsonl where an earlier version wrote no others.
+        self._before = {
+            (member.arm, member.seed): member
+            for member in read_members(study, directory, on_change=on_change)
+        }
+        # A failure may be of the machine, such as a full disk, and is tried again: once by each process that
+        # starts after it. Divergence is a result.
+        self._retried = {
+            (arm.name, seed): claims.look(_key(arm, seed)).recorded
+            for arm, seed in self.left
+            if (member := self._before.get((arm.name, seed))) is not None and member.status == FAILED
+        }
+        self.ended: dict[tuple[str, int], Member] = {}
+        self._elsewhere: list[State] = []  # claimed by other processes, at the last look
+        self._logged: set[tuple[str, int]] = set()
+
+    def take(self) -> tuple[Arm | Derived, int, Claim] | None:
+        """Claim the first member that is free. None if there is none."""
+        self._elsewhere = []
+        for arm, seed in list(self.left):
+            state = self.claims.look(_key(arm, seed))
+            if (member := self._outcome(arm, seed, state)) is not None:
+                self.ended[arm.name, seed] = member
+                self.left.remove((arm, seed))
+            elif state.is_claimed:
+                self._elsewhere.append(state)
+            # A derived member waits for its source, which comes before it in the order.
+            elif isinstance(arm, Derived) and (arm.source, seed) not in self.ended:
+                continue
+            elif (claim := self.claims.take(state)) is not None:
+                return arm, seed, claim
+            else:  # another process was faster
+                self._elsewhere.append(state)
+        return None
+
+    def _outcome(self, arm: Arm | Derived, seed: int, state: State) -> Member | None:
+        """Return the outcome of a member, unless it is to be trained (again)."""
+        if state.record is not None:
+            member = member_of(state.record, name=f"the claim of {state.member}")
+        else:
+            member = self._before.get((arm.name, seed))
+        if member is None or member.fingerprint != member_fingerprint(self.study, arm.name, seed):
+            return None
+        is_retried = self._retried.get((arm.name, seed)) == state.recorded
+        return None if member.status == FAILED and is_retried else member
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether nothing is left to train, here or elsewhere."""
+        return not self.left
+
+    @property
+    def is_in_good_hands(self) -> bool:
+        """Return whether workers that are seen to live train all that can be trained now."""
+        return bool(self._elsewhere) and all(state.is_alive for state in self._elsewhere)
+
+    def pause(self) -> None:
+        """Wait before the next look at the members that are trained elsewhere."""
+        for state in self._elsewhere:
+            if (state.member, state.token) not in self._logged:
+                self._logged.add((state.member, state.token))
+                log.info("waiting for %s, which %s trains", state.member, state.holder)
+        time.sleep(min(self.claims.lease.heartbeat / 3, 5.0))
+
+
+def _key(arm: Arm | Derived, seed: int) -> str:
+    return f"{arm.directory}/seed-{seed}"
+
+
+def _run_member(
+    study: Study,
+    arm: Arm | Derived,
+    seed: int,
+    directory: Path,
+    queue: _Queue,
+    claim: Claim,
+    *,
+    train: Train,
+    console: Console | None,
+) -> None:
+    """Train or derive a member under a claim, and record it.
+
+    Raises:
+      ClaimLost: another process has taken over; nothing is recorded.
+    """
+    try:
+        with owned_by(claim.require):
+            if isinstance(arm, Derived):
+                source = queue.ended[arm.source, seed]
+                member = _derive_member(study, arm, seed, directory, source=source, fence=claim.fence)
+            else:
+                member = _train_member(
+                    study, arm, seed, directory, train=train, console=console, fence=claim.fence
+                )
+        fields = dataclasses.asdict(member)
+        # Written as soon as a member ends: a later crash cannot lose it.
+        claim.record(fields)
+    except ClaimLost as error:
+        log.warning("study %s: %s. This worker has stopped and recorded nothing", study.name, error)
+        raise
+    except BaseException:
+        with contextlib.suppress(ClaimLost, OSError):
+            claim.release()
+        raise
+    _append_line(directory / MEMBERS, fields)
+
+
+def _append_line(path: Path, fields: dict[str, Any]) -> None:
+    """Append a member to members.jsonl, where people look; the claim has it already."""
+    try:
+        with locked(path, seconds=10), RunLog(path) as records:
+            records.write("member", **fields)
+    except (TimeoutError, OSError) as error:
+        log.warning("%s lacks a line, which is in the claims: %s", path, error)
+
+
+# Members ----------------------------------------------------------------------------------------------------
 def _train_member(
-    study: Study, arm: Arm, seed: int, directory: Path, *, train: Train, console: Console | None
+    study: Study,
+    arm: Arm,
+    seed: int,
+    directory: Path,
+    *,
+    train: Train,
+    console: Console | None,
+    fence: int,
 ) -> Member:
     """Start or resume the run of a member."""
     # The fingerprint is that of the plan, without the directory of the study.
@@ -118,18 +301,23 @@ def _train_member(
     )
     about: dict[str, Any] = {"arm": arm.name, "seed": seed, "fingerprint": fingerprint(plan)}
     log.info("study %s: arm %s, seed %d", study.name, arm.name, seed)
-    # A run may have ended just before its line was written: then only the line is missing.
-    run, result = _earlier_run(run_parent, experiment)
-    if result is None:
-        try:
+    try:
+        # A run may have ended just before it was recorded: then only the record is missing.
+        run, result = _earlier_run(run_parent, experiment, fence=fence)
+        if result is None:
             result = plain(dataclasses.asdict(train(experiment, resume=run, console=console)))
-        except Exception as error:  # a failure is a result too, and no reason to lose the other arms
-            log.exception("study %s: arm %s, seed %d failed", study.name, arm.name, seed)
-            return Member(
-                **about, status=FAILED, result={}, evaluation={}, error=f"{type(error).__name__}: {error}"
-            )
+    except ClaimLost:
+        raise
+    except Exception as error:  # a failure is a result too, and no reason to lose the other arms
+        # Of a run that another process has taken over, files are missing: that is no failure of the member.
+        require_ownership(now=True)
+        log.exception("study %s: arm %s, seed %d failed", study.name, arm.name, seed)
+        return Member(
+            **about, status=FAILED, result={}, evaluation={}, error=f"{type(error).__name__}: {error}"
+        )
     # A signal stops the whole study, not only this member.
     if result["status"] not in (FINISHED, DIVERGED):
+        require_ownership(now=True)
         raise Interrupted(
             f"stopped at arm {arm.name}, seed {seed}, whose run is saved: run the study again to resume it"
         )
@@ -138,7 +326,9 @@ def _train_member(
     )
 
 
-def _derive_member(study: Study, arm: Derived, seed: int, directory: Path, *, source: Member) -> Member:
+def _derive_member(
+    study: Study, arm: Derived, seed: int, directory: Path, *, source: Member, fence: int
+) -> Member:
     """Derive a member from another arm's of the same seed."""
     about: dict[str, Any] = {
         "arm": arm.name,
@@ -150,12 +340,15 @@ def _derive_member(study: Study, arm: Derived, seed: int, directory: Path, *, so
         error = f"{source.arm} is {source.status} with this seed, so there is nothing to derive it from"
         return Member(**about, status=FAILED, result={}, evaluation={}, error=error)
     log.info("study %s: arm %s, seed %d, derived from %s", study.name, arm.name, seed, source.arm)
-    out = (directory / arm.directory / f"seed-{seed}" / "model").absolute()
+    # A worker that was paused may still write to the directory of its own claim.
+    name = f"model.{fence}" if fence else "model"
+    out = (directory / arm.directory / f"seed-{seed}" / name).absolute()
     try:
         result, evaluation = derive(
             arm.derivation, source.result, member_experiment(study, arm.name, seed), out=out
         )
     except Exception as error:  # as for a training
+        require_ownership(now=True)
         log.exception("study %s: arm %s, seed %d failed", study.name, arm.name, seed)
         return Member(
             **about, status=FAILED, result={}, evaluation={}, error=f"{type(error).__name__}: {error}"
@@ -163,13 +356,16 @@ def _derive_member(study: Study, arm: Derived, seed: int, directory: Path, *, so
     return Member(**about, status=FINISHED, result=plain(result), evaluation=plain(evaluation))
 
 
-def _earlier_run(run_parent: Path, experiment: Experiment) -> tuple[Path | None, dict[str, Any] | None]:
-    """Return the newest run of this experiment that can be resumed, and its result if it ended unrecorded."""
-    for run in sorted(
-        (path.parent for path in run_parent.glob("[!.]*/config.json")),
-        key=lambda run: run.stat().st_mtime,
-        reverse=True,
-    ):
+def _earlier_run(
+    run_parent: Path, experiment: Experiment, *, fence: int
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """Return the newest run of this experiment that can be resumed, and its result if it ended unrecorded.
+
+    After a takeover (`fence` above 0), the run belongs to this claim from now on.
+    """
+    runs = [path.parent for path in run_parent.glob("[!.]*/config.json")]
+    runs.sort(key=lambda run: (_is_own(run, fence), (run / "config.json").stat().st_mtime), reverse=True)
+    for run in runs:
         try:
             # Runs of an earlier version of the arm stay in the directory, and must not be resumed.
             if fingerprint(read_experiment(run)) != fingerprint(experiment):
@@ -180,8 +376,42 @@ def _earlier_run(run_parent: Path, experiment: Experiment) -> tuple[Path | None,
             return run, result
         # A run that was stopped before its first checkpoint starts again.
         if any(path.name.isdigit() for path in (run / "checkpoints").glob("*")):
-            return run, None
+            return run if _is_own(run, fence) else take_over(run, fence), None
     return None, None
+
+
+def _is_own(run: Path, fence: int) -> bool:
+    """Return whether no process of an earlier claim can write to a run directory."""
+    return fence == 0 or run.name.endswith(f".{fence}")
+
+
+def take_over(run: Path, fence: int) -> Path:
+    """Rename a run directory to RUN.FENCE, and return it; another process may still be writing to it.
+
+    What that process writes under the old name is not in the new directory. Files that it may have open, such
+    as the log, are replaced by copies. Checkpoints are not: each is complete once it has its name, and one
+    that is being written is removed before the run is resumed.
+
+    Raises:
+      OSError: the directory cannot be renamed or its files be copied; it has its old name then.
+    """
+    target = run.with_name(f"{re.sub(r'[.][0-9]+$', '', run.name)}.{fence}")
+    run.rename(target)
+    try:
+        for path in sorted(target.rglob("*")):
+            inner = path.relative_to(target).parts
+            is_written_once = inner[0] in ("checkpoints", "tokenizer") or inner[0].startswith("profile")
+            if is_written_once or path.is_symlink() or not path.is_file():
+                continue
+            temporary = path.with_name(f".{path.name}.{fence}.tmp")
+            # With its times, by which the newest run is chosen.
+            shutil.copy2(path, temporary)
+            temporary.replace(path)
+    except OSError:
+        target.rename(run)
+        raise
+    log.info("%s is taken over as %s", run, target.name)
+    return target
 
 
 def _final_evaluation(run: Path) -> dict[str, Any]:

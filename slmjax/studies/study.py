@@ -10,6 +10,7 @@ the same batches, and starts from the same parameters if the models are the same
 after another, all arms of the first seed before the second: an incomplete study has complete pairs.
 
     DIRECTORY/members.jsonl                    a line for each member that ended
+    DIRECTORY/claims/ARM/seed-N/               who trained it, and its outcome (`claims.py`)
     DIRECTORY/ARM/seed-N/RUN                   its run directory
     DIRECTORY/ARM/seed-N/model                 a model derived from another member
 """
@@ -18,6 +19,7 @@ import dataclasses
 import enum
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from slmjax.config import fingerprint, near_names
 from slmjax.stored_json import check_object
 from slmjax.studies.arms import Arm, Derived
 from slmjax.studies.changes import with_changes
+from slmjax.studies.claims import recorded_members
 from slmjax.studies.design import Budget, LearningRates, Match
 from slmjax.studies.statistics.results_table import Rules
 from slmjax.telemetry.run_directory import read_log, with_present_names
@@ -207,6 +210,17 @@ _MEMBER_FIELDS |= {"evaluation": dict}
 _REMOVE_LINE = "remove the line, and the member is trained again or read from its run"
 
 
+def member_of(record: Mapping[str, Any], *, name: str) -> Member:
+    """Return the member that a record describes; `name` is that of the record, for errors.
+
+    Raises:
+      DamagedFile: it describes none.
+    """
+    fields = check_object(record, _MEMBER_FIELDS, optional={"error": str}, name=name, remedy=_REMOVE_LINE)
+    known = {field.name: fields[field.name] for field in dataclasses.fields(Member) if field.name in fields}
+    return Member(**{**known, "result": with_present_names(fields["result"])})
+
+
 def read_members(
     study: Study, directory: str | Path, *, on_change: OnChange = OnChange.REFUSE
 ) -> tuple[Member, ...]:
@@ -219,19 +233,15 @@ def read_members(
     """
     path = Path(directory) / MEMBERS
     # The file is only appended to, so that an interruption loses no line.
+    records = [
+        (f"a record of {path}", record)
+        for record in (read_log(path, kind="member") if path.is_file() else [])
+    ]
+    # Of members that were claimed the claim has the outcome: the log may lack lines of other hosts.
+    records += [(str(file), record) for file, record in recorded_members(Path(directory))]
     latest: dict[tuple[str, int], Member] = {}
-    for record in read_log(path, kind="member") if path.is_file() else []:
-        fields = check_object(
-            record,
-            _MEMBER_FIELDS,
-            optional={"error": str},
-            name=f"a record of {path}",
-            remedy=_REMOVE_LINE,
-        )
-        known = {
-            field.name: fields[field.name] for field in dataclasses.fields(Member) if field.name in fields
-        }
-        member = Member(**{**known, "result": with_present_names(fields["result"])})
+    for name, record in records:
+        member = member_of(record, name=name)
         latest[member.arm, member.seed] = member
     # Members of arms and seeds that the study no longer has are skipped.
     keys = [(arm.name, seed) for seed in study.seeds for arm in study.arms]

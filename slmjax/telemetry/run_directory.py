@@ -37,6 +37,7 @@ from typing import Any
 from slmjax import faults
 from slmjax.atomic_files import atomic_directory, write_text
 from slmjax.config import ConfigError
+from slmjax.ownership import require_ownership
 from slmjax.stored_json import DamagedFile, check_object, parse_json, read_object
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ class RunDirectory:
         return RunLog(self.log_path)
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Write a JSON file of the run, as `write_json` does."""
+        """Write a JSON file of the run, as `write_json` does, if it still belongs to this process."""
+        require_ownership(now=True)
         return write_json(self.path / name, value)
 
 
