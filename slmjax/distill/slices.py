@@ -233,7 +233,9 @@ def _warn_of_settings(pairs: Sequence[_Pair], teacher: ModelConfig, student: Mod
     An explicit default is no difference.
     """
     # In canonical form, in which defaults are written out.
-    blocks = [list(canonical(config).blocks()) for config in (teacher, student)]
+    teacher = canonical(teacher)
+    student = canonical(student)
+    blocks = [list(config.blocks()) for config in (teacher, student)]
     differing: dict[tuple[str, Any, Any], list[str]] = {}
     for name in _SHARED_SETTINGS:
         differing.setdefault((name, getattr(teacher, name), getattr(student, name)), [])

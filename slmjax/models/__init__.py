@@ -9,6 +9,7 @@ These names are public: `from slmjax.models import AttentionConfig`.
 
 Files in reading order:
 
+- parameterization.py: factors of initial weights and multipliers, by width and depth
 - layers.py: norms, linear maps, embeddings
 - protocols.py: interfaces of mixers and feed-forward layers
 - rope.py: rotary positions and their scalings
@@ -38,6 +39,7 @@ from slmjax.models.ffn.moe import Balance, MoeConfig, RouterScore
 from slmjax.models.layers import Linear, ModelDims, NormKind, truncated_normal
 from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
 from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.parameterization import Parameterization
 from slmjax.models.protocols import CachingMixer, Ffn, FfnConfig, Mixer, MixerConfig
 from slmjax.models.rope import (
     LinearScaling,
@@ -72,6 +74,7 @@ __all__ = [
     "MoeConfig",
     "NormKind",
     "NormPlacement",
+    "Parameterization",
     "Precision",
     "QkNorm",
     "Remat",

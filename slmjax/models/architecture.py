@@ -14,12 +14,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from slmjax.config import renamed_field, renamed_values
+from slmjax.config import added_field, renamed_field, renamed_values
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.layers import ModelDims, NormKind
 from slmjax.models.mixers.attention import AttentionConfig, with_rope_fraction, with_rotary_dim
 from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.parameterization import UNSCALED, Parameterization, Scaling
 from slmjax.models.protocols import FfnConfig, MixerConfig
 
 # More is a mistake, or a file that is made to take all memory and time.
@@ -108,6 +109,14 @@ class ModelConfig:
     norm_kind: NormKind = NormKind.RMS  # what every norm computes
     norm_eps: float = 1e-6  # added to the mean square in every norm
     init_std: float = 0.02  # deviation of initial weights (truncated normal)
+    # how settings that were tuned at a base model apply to this one (`models/parameterization.py`)
+    parameterization: Parameterization = added_field(
+        Parameterization.STANDARD, before=Parameterization.STANDARD
+    )
+    base_width: int | None = added_field(None, before=None)  # mup, completep: embed_dim of the base
+    base_depth: int | None = added_field(None, before=None)  # completep: layers of the base, loops included
+    # mup, completep: dims of a query of the base (none: those of this model, which has more heads instead)
+    base_head_dim: int | None = added_field(None, before=None)
     # rows of a table whose row for a token's position is added to it (none: no such table)
     learned_positions: int | None = None
     # The multipliers are Granite's, in the manner of muP (Yang et al. 2022); Gemma has the first of them.
@@ -129,7 +138,7 @@ class ModelConfig:
             if abs(size) > LARGEST_SIZE:
                 raise ValueError(f"{path} is {_shown(size)}, and at most {LARGEST_SIZE:,} is supported")
         # Before anything counts or builds the layers one by one.
-        depth = sum(group.repeats * sum(block.num_loops for block in group.pattern) for group in self.stack)
+        depth = self.depth
         compiled = sum(len(group.pattern) for group in self.stack)
         if depth > MOST_LAYERS or compiled > MOST_BLOCKS:
             raise ValueError(
@@ -157,6 +166,33 @@ class ModelConfig:
             raise ValueError(
                 f"init_std and norm_eps must be positive, got {self.init_std} and {self.norm_eps}"
             )
+        self._check_parameterization()
+
+    def _check_parameterization(self) -> None:
+        for name in ("base_width", "base_depth", "base_head_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or none, got {value}")
+        kind = self.parameterization
+        if kind is Parameterization.STANDARD:
+            return
+        needed = ("base_width", "base_depth") if kind is Parameterization.COMPLETEP else ("base_width",)
+        for name in needed:
+            if getattr(self, name) is None:
+                dim = "embed_dim" if name == "base_width" else "number of layers"
+                raise ValueError(
+                    f"parameterization={kind.value} needs {name}: set it to the {dim} of the model at which "
+                    "the learning rate was tuned"
+                )
+        # A layer of another kind would silently train with factors that are not its own.
+        for block in dict.fromkeys(block for group in self.stack for block in group.pattern):
+            for part in (block.mixer, block.ffn):
+                if part is not None and type(part) not in PARTS:
+                    known = ", ".join(cls.__name__ for cls in PARTS)
+                    raise ValueError(
+                        f"parameterization={kind.value} has rules for {known}, not for "
+                        f"{type(part).__name__}: set parameterization=standard"
+                    )
 
     @classmethod
     def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
@@ -203,23 +239,44 @@ class ModelConfig:
         return self.vocab_size
 
     @property
+    def scaling(self) -> Scaling:
+        """Size relative to the base of the parameterization; 1 in all respects for the standard one."""
+        kind = self.parameterization
+        if kind is Parameterization.STANDARD or self.base_width is None:
+            return UNSCALED
+        depth = 1.0
+        if kind is Parameterization.COMPLETEP and self.base_depth is not None:
+            depth = self.depth / self.base_depth
+        return Scaling(
+            kind=kind,
+            width=self.embed_dim / self.base_width,
+            depth=depth,
+            base_head_dim=self.base_head_dim,
+        )
+
+    @property
+    def depth(self) -> int:
+        """Number of layers as executed: each loop of a block adds to the residual stream once more."""
+        return sum(group.repeats * sum(block.num_loops for block in group.pattern) for group in self.stack)
+
+    @property
     def table_rows(self) -> int:
         """Rows of the embedding table, padding included."""
         return -(-self.known_vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def layer_dims(self) -> ModelDims:
         """Return the settings that every layer shares."""
-        # Each loop of a block adds to the residual stream once more: all of them count.
-        depth = sum(block.num_loops for block in self.blocks())
         # Parameters stay in float32: most updates are smaller than the last of bfloat16's 8 bits.
         dtype = jnp.bfloat16 if self.precision is Precision.BFLOAT16 else jnp.float32
+        scaling = self.scaling
         return ModelDims(
             embed_dim=self.embed_dim,
-            num_layers=depth,
+            num_layers=self.depth,
             norm_kind=self.norm_kind,
             norm_eps=self.norm_eps,
-            init_std=self.init_std,
+            init_std=self.init_std * scaling.hidden_std,
             dtype=dtype,
+            scaling=scaling,
         )
 
 

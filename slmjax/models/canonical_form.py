@@ -9,6 +9,7 @@ from slmjax.models.ffn.moe import Balance, MoeConfig
 from slmjax.models.layers import ModelDims
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.parameterization import Parameterization
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
@@ -18,6 +19,13 @@ def canonical(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(
         config,
         stack=stack_of(blocks),
+        # What the parameterization multiplies with is part of the model; how it trains is not.
+        residual_multiplier=config.residual_multiplier * config.scaling.residual,
+        logit_multiplier=config.logit_multiplier * config.scaling.logits,
+        parameterization=Parameterization.STANDARD,
+        base_width=None,
+        base_depth=None,
+        base_head_dim=None,
         # These settings change how a model is trained or laid out, not what it computes.
         vocab_multiple=1,
         dropout=0.0,
@@ -33,7 +41,7 @@ def _canonical_block(block: BlockConfig, dims: ModelDims) -> BlockConfig:
     # None and its explicit default are the same model: both become the explicit value.
     if isinstance(mixer, AttentionConfig):
         head_dim = mixer.resolved_head_dim(dims)
-        scale = head_dim**-0.5 if mixer.scale is None else mixer.scale
+        scale = dims.scaling.score_scale(head_dim, mixer.scale)
         rotated = mixer.resolved_rotary_dim(dims)
         mixer = dataclasses.replace(
             mixer, num_kv_heads=mixer.kv_heads, head_dim=head_dim, rotary_dim=rotated or None, scale=scale
@@ -42,7 +50,7 @@ def _canonical_block(block: BlockConfig, dims: ModelDims) -> BlockConfig:
         if mixer.rope_base is None:
             mixer = dataclasses.replace(mixer, rope_scaling=None)
     if isinstance(mixer, LatentAttentionConfig):
-        scale = mixer.key_dim**-0.5 if mixer.scale is None else mixer.scale
+        scale = dims.scaling.score_scale(mixer.key_dim, mixer.scale)
         mixer = dataclasses.replace(
             mixer, scale=scale, latent_norm_eps=mixer.latent_norm_eps or dims.norm_eps
         )

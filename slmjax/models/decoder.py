@@ -68,7 +68,7 @@ class Block(nnx.Module):
         after = config.norm is not NormPlacement.PRE
         self.config = config
         self.dropout = model.dropout
-        self.multiplier = model.residual_multiplier
+        self.multiplier = model.residual_multiplier * model.scaling.residual
         self.mixer = config.mixer.build(dims, rngs=rngs)
         self.mixer_norm = norm(before)
         self.mixer_post_norm = norm(after)
@@ -337,7 +337,7 @@ class Decoder(nnx.Module):
             weight=table.astype(self.dtype),
             bias=None,
             softcap=config.logit_softcap,
-            scale=config.logit_multiplier,
+            scale=config.logit_multiplier * config.scaling.logits,
             vocab_size=self.vocab_size,
         )
 

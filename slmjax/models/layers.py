@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
+from slmjax.models.parameterization import UNSCALED, Scaling
 from slmjax.parallel import communication, mesh
 
 # A function that a layer applies to its inputs or its cache. Quantization sets it; layers only call it.
@@ -40,9 +41,10 @@ class ModelDims:
     embed_dim: int  # D
     num_layers: int  # as executed, each loop of a block counted; sets `output_std`
     norm_eps: float
-    init_std: float
+    init_std: float  # of matrices between hidden layers
     norm_kind: NormKind = NormKind.RMS
     dtype: Any  # dtype of the computation: jnp.float32 or jnp.bfloat16
+    scaling: Scaling = UNSCALED  # the model's size relative to its base
 
     def norm(self, dim: int) -> "Norm":
         """Build a norm over `dim` dims, of the model's kind."""
@@ -51,8 +53,14 @@ class ModelDims:
     @property
     def output_std(self) -> float:
         """Standard deviation of the weights that write into the residual stream (GPT-2's depth scaling)."""
-        # Two such writes per layer: their variances add up to that of one weight of `init_std`.
-        return self.init_std / math.sqrt(2 * self.num_layers)
+        # Two such writes per layer: their variances add up to that of one weight of `init_std`. Where updates
+        # are divided by the depth relative to the base, the base's depth counts.
+        return self.init_std / math.sqrt(2 * self.num_layers / self.scaling.depth)
+
+    @property
+    def router_std(self) -> float:
+        """Standard deviation of the weights of routers, which have a fixed number of outputs."""
+        return self.init_std * self.scaling.router_std / self.scaling.hidden_std
 
 
 # Functions --------------------------------------------------------------------------------------------------

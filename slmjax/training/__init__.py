@@ -11,6 +11,7 @@ An experiment file imports the settings of everything but the model from here:
 Files in reading order:
 
 - hyperparameters.py: numbers of a step that may be arrays
+- multipliers.py: learning rate, weight decay and eps of a parameter, by the parameterization
 - optim.py: optimizers and learning-rate schedules
 - objective.py: settings of the loss
 - experiment.py: `Experiment`, the tree of settings

@@ -28,8 +28,10 @@ from jaxtyping import Array, Float, Int
 from optax import contrib
 
 from slmjax.config import added_field
+from slmjax.models.parameterization import UNSCALED, Parameterization, Scaling
 from slmjax.quantization.quantizer_params import is_activation_quantizer_param, is_quantizer_param, is_sign
 from slmjax.training.hyperparameters import Hyperparameters
+from slmjax.training.multipliers import Multipliers, multipliers_of
 
 log = logging.getLogger(__name__)
 
@@ -218,18 +220,24 @@ def cooldown_step(config: OptimConfig, *, total_steps: int) -> int | None:
 # Groups -----------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Optimizer and weight decay of a parameter."""
+    """Optimizer and weight decay of a parameter, and what its parameterization multiplies them with."""
 
     optimizer: Optimizer
     weight_decay: float
+    multipliers: Multipliers = Multipliers()
 
 
-def parameter_groups(config: OptimConfig, params: Mapping[str, Any]) -> dict[str, Group]:
+def parameter_groups(
+    config: OptimConfig, params: Mapping[str, Any], *, scaling: Scaling = UNSCALED
+) -> dict[str, Group]:
     """Return the optimizer and weight decay of every parameter; `params` need only have `.ndim`."""
-    return {path: _group(config, path, leaf.ndim - _num_stacked_dims(path)) for path, leaf in params.items()}
+    return {
+        path: _group(config, path, leaf.ndim - _num_stacked_dims(path), scaling)
+        for path, leaf in params.items()
+    }
 
 
-def _group(config: OptimConfig, path: str, num_dims: int) -> Group:
+def _group(config: OptimConfig, path: str, num_dims: int, scaling: Scaling) -> Group:
     optimizer = config.kind
     if optimizer is Optimizer.MUON and (num_dims != 2 or _matches(config.muon_exclude, path)):
         # Muon orthogonalises a matrix between two hidden spaces. Vectors have no such form, and embedding and
@@ -237,7 +245,16 @@ def _group(config: OptimConfig, path: str, num_dims: int) -> Group:
         optimizer = Optimizer.ADAMW
     # Norm scales and biases are vectors: decay would only drive scales to 0.
     decays = num_dims >= 2 and not _matches(config.no_decay, path)
-    return Group(optimizer=optimizer, weight_decay=config.weight_decay if decays else 0.0)
+    return Group(
+        optimizer=optimizer,
+        weight_decay=config.weight_decay if decays else 0.0,
+        multipliers=multipliers_of(
+            path,
+            num_dims=num_dims,
+            scaling=scaling,
+            is_orthogonalized=optimizer is Optimizer.MUON,
+        ),
+    )
 
 
 def _matches(patterns: tuple[str, ...], path: str) -> bool:
@@ -256,6 +273,7 @@ def make_optimizer(
     *,
     total_steps: int,
     hyperparameters: Hyperparameters | None = None,
+    scaling: Scaling = UNSCALED,
 ) -> optax.GradientTransformation:
     """Return the optimizer of these parameters.
 
@@ -269,23 +287,33 @@ def make_optimizer(
       total_steps: the number of updates the schedule is made for.
       hyperparameters: numbers that replace those of `config`, and may be traced. The state does not depend
         on them. Which parameters decay is still decided by `config`.
+      scaling: of the model whose parameters these are (`ModelConfig.scaling`).
+
+    Raises:
+      ValueError: its parameterization has no rule for this optimizer.
     """
+    if config.kind is Optimizer.ADAFACTOR and scaling.kind is not Parameterization.STANDARD:
+        # Its steps are relative to a parameter's size, with a floor: they change with the width anyway.
+        raise ValueError(
+            f"parameterization={scaling.kind.value} has no rule for optim.kind=adafactor: use adamw, lion or "
+            "muon, or set model.parameterization=standard"
+        )
     schedule: Any = functools.partial(learning_rate, config, total_steps=total_steps)
     if hyperparameters is not None:
         schedule = hyperparameters.learning_rate
     numbers = hyperparameters or config
-    groups = parameter_groups(config, params)
+    groups = parameter_groups(config, params, scaling=scaling)
 
     def transform(path: str, group: Group) -> optax.GradientTransformation:
         if is_sign(path):
             # Signs of scales are not trained: after an update they would be other values than -1 and 1.
             return optax.set_to_zero()
         stacked = _stacked(_direction(config, group, numbers), num_dims=_num_stacked_dims(path))
-        return (
-            _times(stacked, numbers.scale_lr / numbers.lr)
-            if numbers.scale_lr is not None and is_quantizer_param(path)
-            else stacked
-        )
+        factor = group.multipliers.learning_rate
+        if numbers.scale_lr is not None and is_quantizer_param(path):
+            factor *= numbers.scale_lr / numbers.lr
+        # Also a traced factor needs a product; that of most parameters is the number 1.
+        return stacked if isinstance(factor, float) and factor == 1.0 else _times(stacked, factor)
 
     transforms = {path: transform(path, group) for path, group in groups.items()}
     # Clipping comes first, so that moments see the clipped gradient (Pascanu et al.,
@@ -322,10 +350,12 @@ def _direction(
     """Return the direction of one unstacked parameter, weight decay included, before the learning rate."""
     # Decoupled decay (AdamW, https://arxiv.org/abs/1711.05101): it is added after the moments, so that it
     # does not depend on the size of the gradient.
-    decay = optax.add_decayed_weights(numbers.weight_decay) if group.weight_decay else optax.identity()
+    weight_decay = numbers.weight_decay * group.multipliers.weight_decay
+    decay = optax.add_decayed_weights(weight_decay) if group.weight_decay else optax.identity()
     beta1, beta2 = numbers.betas
     if group.optimizer is Optimizer.ADAMW:
-        return optax.chain(optax.scale_by_adam(beta1, beta2, eps=numbers.eps), decay)
+        eps = numbers.eps * group.multipliers.eps
+        return optax.chain(optax.scale_by_adam(beta1, beta2, eps=eps), decay)
     # Lion (https://arxiv.org/abs/2302.06675) moves by signs, so its rate is 3 to 10 times below AdamW's.
     if group.optimizer is Optimizer.LION:
         return optax.chain(optax.scale_by_lion(beta1, beta2), decay)

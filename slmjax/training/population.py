@@ -170,6 +170,7 @@ def with_numbers(settings: StepSettings, first: Experiment, arrays: Mapping[str,
         settings.optim,
         settings.definition.params,
         total_steps=settings.total_steps,
+        scaling=settings.definition.config.scaling,
         hyperparameters=hyperparameters,
     )
     return dataclasses.replace(settings, optimizer=optimizer, hyperparameters=hyperparameters)

@@ -96,7 +96,7 @@ def make_programs(
     quant_schedule = None
     if quant is not None and phase_of(definition) is not None:
         quant_schedule = quant_schedule_of(quant, first_step=phases[0].step, total_steps=steps)
-    optimizer = make_optimizer(experiment.optim, definition.params, total_steps=steps)
+    optimizer = make_optimizer(experiment.optim, definition.params, total_steps=steps, scaling=model.scaling)
     with_ema = experiment.optim.ema_decay is not None
     objective = experiment.objective
     shapes = state_shapes(definition, optimizer, with_ema=with_ema, mesh=mesh, objective=objective)

@@ -482,7 +482,7 @@ class Moe(Ffn):
     def __init__(self, config: MoeConfig, dims: ModelDims, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.router = Linear(
-            dims.embed_dim, config.num_experts, std=dims.init_std, bias=config.bias, rngs=rngs
+            dims.embed_dim, config.num_experts, std=dims.router_std, bias=config.bias, rngs=rngs
         )
         self.router_bias = (
             RouterBias(jnp.zeros((config.num_experts,), jnp.float32))

@@ -286,7 +286,7 @@ class Attention(CachingMixer):
         self.head_dim = head_dim
         self.dtype = dims.dtype
         self.rotary_dim = config.resolved_rotary_dim(dims)
-        self.scale = head_dim**-0.5 if config.scale is None else config.scale
+        self.scale = dims.scaling.score_scale(head_dim, config.scale)
         linear_kwargs = {"std": dims.init_std, "bias": config.biases is not Biases.NONE, "rngs": rngs}
         self.query = Linear(dims.embed_dim, config.num_heads * head_dim, **linear_kwargs)
         self.key = Linear(dims.embed_dim, config.kv_heads * head_dim, **linear_kwargs)

@@ -176,7 +176,7 @@ class LatentAttention(CachingMixer):
     def __init__(self, config: LatentAttentionConfig, dims: ModelDims, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.dtype = dims.dtype
-        self.scale = config.key_dim**-0.5 if config.scale is None else config.scale
+        self.scale = dims.scaling.score_scale(config.key_dim, config.scale)
         latent_dims = dims
         if config.latent_norm_eps is not None:
             latent_dims = dataclasses.replace(dims, norm_eps=config.latent_norm_eps)
