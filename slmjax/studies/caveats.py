@@ -13,9 +13,9 @@ from slmjax.config import fingerprint
 from slmjax.data import provenance
 from slmjax.data.lost_text import lost_note
 from slmjax.runner import trainer
-from slmjax.studies.questions import Outcomes, Pair
-from slmjax.studies.statistics.verdicts import Judgement
-from slmjax.studies.study import FINISHED, Member, Study, member_experiment
+from slmjax.studies.questions import Outcomes
+from slmjax.studies.statistics.verdicts import Judged
+from slmjax.studies.study import DIVERGED, FINISHED, Member, Study, member_experiment
 
 COMPLETIONS = f"the completions of {trainer.ALL}"  # as in `EvalResult.measured_on`
 FEW_PAIRS = 6  # with fewer, bootstrap intervals are much too narrow
@@ -31,9 +31,13 @@ def member_notes(outcomes: Outcomes) -> list[str]:
             member = outcomes.members.get((arm, seed))
             if member is None:
                 notes.append(f"{arm}, seed {seed}: no result yet, and left out of its pairs.")
-            elif member.status != FINISHED:
+            elif member.status == DIVERGED:
                 steps = f" after {member.result['step']} steps" if "step" in member.result else ""
-                reason = f" ({member.error})" if member.error else steps
+                notes.append(
+                    f"{arm}, seed {seed}: diverged{steps}, and counts with the worst value of each pair."
+                )
+            elif member.status != FINISHED:
+                reason = f" ({member.error})" if member.error else ""
                 notes.append(f"{arm}, seed {seed}: {member.status}{reason}, and left out of its pairs.")
             elif member.metric_value(metric) is None:
                 notes.append(f"{arm}, seed {seed}: has no finite {metric}, and is left out of its pairs.")
@@ -74,7 +78,7 @@ def budget_notes(outcomes: Outcomes) -> tuple[bool | None, list[str]]:
     ]
 
 
-def text_notes(outcomes: Outcomes) -> list[str]:
+def lost_text_notes(outcomes: Outcomes) -> list[str]:
     """Return notes on arms whose tokenizers lose text."""
     return [
         f"{arm}: {lost_note(max(fractions))}. It has no verdict against an arm that loses another fraction."
@@ -83,11 +87,15 @@ def text_notes(outcomes: Outcomes) -> list[str]:
     ]
 
 
-def noise_notes(outcomes: Outcomes, judgements: Sequence[tuple[Pair, Judgement | None]]) -> list[str]:
-    """Return notes on comparisons whose noise is not known, or hardly."""
+def noise_notes(outcomes: Outcomes, judged: Judged) -> list[str]:
+    """Return notes on arms of unequal noise, and on comparisons whose noise is not known, or hardly."""
     metric = outcomes.question.metric
-    notes = []
-    for (arm, against), judgement in judgements:
+    notes = [
+        f"{arm} is noisier than the other arms (standard deviation {judged.noise.own[arm]:.3g}): its "
+        "comparisons are judged by their own differences alone."
+        for arm in judged.noise.noisy
+    ]
+    for (arm, against), judgement in zip(outcomes.question.pairs, judged.comparisons, strict=True):
         if judgement is None:
             shared = len(outcomes.paired_seeds((arm, against), metric))
             notes.append(f"{arm} and {against} have {shared} seeds in common: a comparison needs 2.")
@@ -97,7 +105,7 @@ def noise_notes(outcomes: Outcomes, judgements: Sequence[tuple[Pair, Judgement |
                 "on it, so the noise is unknown and the difference not resolved."
             )
     # The smallest number of pairs decides: the note is about the weakest comparison.
-    pairs = [len(judgement.seeds) for _, judgement in judgements if judgement is not None]
+    pairs = [len(judgement.seeds) for judgement in judged.comparisons if judgement is not None]
     if pairs and min(pairs) < FEW_PAIRS:
         notes.append(
             f"Bootstrap intervals of {min(pairs)} pairs are only indicative: with so few they are too narrow."

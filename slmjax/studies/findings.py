@@ -10,6 +10,7 @@ by `statistics.verdicts.judge`. `layout.py` formats findings as tables.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,18 +18,18 @@ from scipy import stats
 
 from slmjax.atomic_files import write_text
 from slmjax.config import dumps, read_file
-from slmjax.studies.caveats import budget_notes, data_notes, member_notes, noise_notes, text_notes
+from slmjax.studies.caveats import budget_notes, data_notes, lost_text_notes, member_notes, noise_notes
 from slmjax.studies.questions import Outcomes, Pair, Question
+from slmjax.studies.statistics.power import smallest_resolved
 from slmjax.studies.statistics.results_table import Rules
 from slmjax.studies.statistics.samples import (
     Interval,
     PairedDifference,
     Summary,
-    holm,
     paired_difference,
     summarize,
 )
-from slmjax.studies.statistics.verdicts import Judged, Judgement, Noise, Verdict, decide
+from slmjax.studies.statistics.verdicts import Judged, Judgement, Noise, Verdict, judge
 from slmjax.studies.study import DIVERGED, FINISHED, Member, Study
 
 FINDINGS = "findings.json"
@@ -65,7 +66,7 @@ class Comparison:
     arm: str
     against: str
     judgement: Judgement | None  # None with fewer than two seeds in common
-    differences: tuple[float | None, ...]  # of the metric, for each seed of the findings
+    differences: tuple[float | None, ...]  # as measured, for each seed of the findings
     further_metrics: dict[str, PairedDifference | None]  # without a verdict
 
     @property
@@ -87,6 +88,7 @@ class Findings:
     arms: tuple[ArmSummary, ...]
     comparisons: tuple[Comparison, ...]  # those with the baseline, then the further ones
     noise: Noise
+    smallest_resolved: float | None  # difference that these seeds resolve 4 times in 5
     level: float  # significance level of the verdicts
     look: int | None  # number of seeds of the look that counts; None without fixed looks
     budget: str | None  # the metric that should be equal; None: none
@@ -134,8 +136,12 @@ def analyze_members(question: Question, members: Sequence[Member]) -> Findings:
     )
     # Caveats of a report are collected here, so that no layout can leave them out.
     is_matched, of_budget = budget_notes(outcomes)
-    pairs = zip(question.pairs, judged.comparisons, strict=True)
-    notes = (*member_notes(outcomes), *of_budget, *text_notes(outcomes), *noise_notes(outcomes, list(pairs)))
+    notes = (
+        *member_notes(outcomes),
+        *of_budget,
+        *lost_text_notes(outcomes),
+        *noise_notes(outcomes, judged),
+    )
     return Findings(
         study=question.name,
         question=question.text,
@@ -146,6 +152,7 @@ def analyze_members(question: Question, members: Sequence[Member]) -> Findings:
         arms=tuple(_arm_summary(outcomes, arm) for arm in question.arms),
         comparisons=comparisons,
         noise=judged.noise,
+        smallest_resolved=_smallest_resolved(question, judged),
         level=judged.level,
         look=judged.look,
         budget=None if question.budget is None else question.budget.metric,
@@ -245,32 +252,23 @@ def _difference(outcomes: Outcomes, pair: Pair, metric: str) -> PairedDifference
 
 def _judge(outcomes: Outcomes) -> Judged:
     question = outcomes.question
-    rules = question.rules
-    differences = [_difference(outcomes, pair, question.metric) for pair in question.pairs]
-    # Comparisons without enough pairs stay in the family, so that the correction does not depend on failures.
-    adjusted = holm([1.0 if difference is None else difference.p_value for difference in differences])
-    level = 1 - rules.confidence
-    judgements = tuple(
-        None
-        if difference is None
-        else Judgement(
-            arm=pair[0],
-            against=pair[1],
-            seeds=outcomes.paired_seeds(pair, question.metric),
-            imputed=(),
-            difference=difference.mean,
-            standard_error=difference.standard_error,
-            degrees_of_freedom=difference.num_pairs - 1,
-            variance="own",
-            interval=difference.t_interval,
-            bootstrap_interval=difference.bootstrap_interval,
-            p_value=difference.p_value,
-            adjusted_p=p,
-            equal_p=None,
-            verdict=decide(difference.mean, p, lower_is_better=rules.lower_is_better, level=level),
-            seeds_needed=None,
-        )
-        for pair, difference, p in zip(question.pairs, differences, adjusted, strict=True)
-    )
+    if question.pairs:
+        return judge(outcomes.table(), question.pairs, question.rules)
     noise = Noise(deviation=None, degrees_of_freedom=0, own={}, noisy=(), equality_p=None)
-    return Judged(noise=noise, comparisons=judgements, level=level, look=None)
+    return Judged(noise=noise, comparisons=(), level=1 - question.rules.confidence, look=None)
+
+
+def _smallest_resolved(question: Question, judged: Judged) -> float | None:
+    """Return the difference that these seeds resolve 4 times in 5; None if the noise is not known."""
+    seeds = [len(judgement.seeds) for judgement in judged.comparisons if judgement is not None]
+    if not seeds or not judged.noise.deviation:
+        return None
+    return smallest_resolved(
+        # Of a pair: that of two runs.
+        math.sqrt(2) * judged.noise.deviation,
+        max(seeds),
+        comparisons=len(question.pairs),
+        degrees_of_freedom=judged.noise.degrees_of_freedom,
+        level=judged.level,
+        variance=question.rules.variance,
+    )

@@ -6,7 +6,8 @@ from rich.console import Group
 
 from slmjax.config import to_json
 from slmjax.studies.caveats import format_count
-from slmjax.studies.findings import Comparison, Findings
+from slmjax.studies.findings import ArmSummary, Comparison, Findings
+from slmjax.studies.statistics.verdicts import Verdict
 from slmjax.studies.text_tables import (
     ABSENT,
     TextTable,
@@ -45,7 +46,8 @@ def findings_json(findings: Findings) -> dict[str, Any]:
 
 def _lines(findings: Findings) -> list[str]:
     """Return the lines below the tables."""
-    return [line for line in (budget_line(findings), *findings.notes) if line]
+    lines = (*verdict_lines(findings), noise_line(findings), look_line(findings), budget_line(findings))
+    return [line for line in (*lines, *findings.notes) if line]
 
 
 def budget_line(findings: Findings) -> str:
@@ -64,93 +66,136 @@ def budget_line(findings: Findings) -> str:
 
 # Tables -----------------------------------------------------------------------------------------------------
 def _text_tables(findings: Findings) -> list[TextTable]:
-    with_baseline = [
-        comparison for comparison in findings.comparisons if comparison.against == findings.baseline
-    ]
-    text_tables = [_arms_table(findings, with_baseline)]
-    # Further pairs have a table of their own: their differences are not to the baseline.
-    if others := [
-        comparison for comparison in findings.comparisons if comparison.against != findings.baseline
-    ]:
-        rows = tuple(
-            (
-                f"{comparison.arm} − {comparison.against}",
-                "0" if comparison.judgement is None else str(len(comparison.judgement.seeds)),
-                *_comparison_cells(comparison),
-            )
-            for comparison in others
-        )
-        text_tables.append(
-            TextTable(
-                title="Further comparisons",
-                head=("arms", "pairs", "difference", *_comparison_head(findings)),
-                rows=rows,
-            )
-        )
+    tables = [_verdicts_table(findings)] if findings.comparisons else []
+    tables.append(_arms_table(findings))
     # Every arm has the same further metrics, some of them None.
     if findings.arms and findings.arms[0].further_metrics:
-        names = tuple(findings.arms[0].further_metrics)
-        head = ("arm", *(column for name in names for column in (in_words(name), "difference")))
-        about = f"difference to {findings.baseline} with its {100 * findings.rules.confidence:g}% t interval"
-        columns = [column for name in names for column in _further_columns(findings, with_baseline, name)]
-        rows = tuple(zip([summary.arm for summary in findings.arms], *columns, strict=True))
-        text_tables.append(
-            TextTable(
-                title=f"Further metrics, without a verdict: mean ± standard deviation; {about}",
-                head=head,
-                rows=rows,
-            )
-        )
-    return text_tables
+        tables.append(_further_table(findings))
+    return tables
 
 
-def _arms_table(findings: Findings, comparisons: list[Comparison]) -> TextTable:
-    by_arm = {comparison.arm: comparison for comparison in comparisons}
-    rows = []
-    means = with_deviation([summary.metric for summary in findings.arms])
-    for summary, mean in zip(findings.arms, means, strict=True):
-        cells = (
-            ("baseline", *[""] * 4)
-            if summary.arm == findings.baseline
-            else _comparison_cells(by_arm[summary.arm])
-        )
-        rows.append((summary.arm, str(len(summary.seeds)), mean, *cells))
-    metric = in_words(findings.metric)
-    way = "lower" if findings.rules.lower_is_better else "higher"
-    title = (
-        f"{findings.study}: {metric}, {way} is better; mean ± standard deviation over seeds "
-        f"{listed(findings.seeds)}"
+def _verdicts_table(findings: Findings) -> TextTable:
+    rows = tuple(
+        (_comparison_name(findings, comparison), *_comparison_cells(comparison))
+        for comparison in findings.comparisons
     )
-    head = ("arm", "seeds", metric, f"difference to {findings.baseline}", *_comparison_head(findings))
-    return TextTable(title=title, head=head, rows=tuple(rows))
+    way = "lower" if findings.rules.lower_is_better else "higher"
+    return TextTable(
+        title=f"{findings.study}: {in_words(findings.metric)}, {way} is better; minus {findings.baseline}",
+        head=("arm", "difference", f"{_confidence(findings)} interval", "p (Holm)", "verdict"),
+        rows=rows,
+    )
 
 
-def _comparison_head(findings: Findings) -> tuple[str, ...]:
-    confidence = f"{100 * findings.rules.confidence:g}%"
-    return f"{confidence} t interval", f"{confidence} bootstrap", "p (Holm)", "verdict"
+def _comparison_name(findings: Findings, comparison: Comparison) -> str:
+    # Differences of further pairs are not to the baseline.
+    is_usual = comparison.against == findings.baseline
+    return comparison.arm if is_usual else f"{comparison.arm} − {comparison.against}"
+
+
+def _confidence(findings: Findings) -> str:
+    return f"{100 * findings.rules.confidence:g}%"
 
 
 def _comparison_cells(comparison: Comparison) -> tuple[str, ...]:
     verdict = comparison.verdict.value
     if (judgement := comparison.judgement) is None:
-        return ABSENT, ABSENT, ABSENT, ABSENT, verdict
+        return ABSENT, ABSENT, ABSENT, verdict
     # No more decimals than the noise of this comparison allows.
     decimals = num_decimals(judgement.standard_error, judgement.difference)
     # The t test of a few seeds does not support more digits.
     p = "< 0.001" if judgement.adjusted_p < 0.001 else f"{judgement.adjusted_p:.3f}"
-    # Without noise, intervals have no width, and would look exact.
-    intervals = [
-        interval_text(interval, decimals) if judgement.standard_error else ABSENT
-        for interval in (judgement.interval, judgement.bootstrap_interval)
-    ]
-    return signed(judgement.difference, decimals), *intervals, p, verdict
+    # Without noise, the interval has no width, and would look exact.
+    interval = interval_text(judgement.interval, decimals) if judgement.standard_error else ABSENT
+    return signed(judgement.difference, decimals), interval, p, verdict
 
 
-def _further_columns(
-    findings: Findings, comparisons: list[Comparison], name: str
-) -> tuple[list[str], list[str]]:
-    """Return the columns of a further metric: each arm's value, and its difference to the baseline."""
-    differences = {comparison.arm: comparison.further_metrics[name] for comparison in comparisons}
-    return with_deviation([summary.further_metrics[name] for summary in findings.arms]), [
-        with_interval(differences.get(summary.arm)) for summary in findings.arms
+def _arms_table(findings: Findings) -> TextTable:
+    metric = in_words(findings.metric)
+    columns = {
+        "seeds": [str(len(arm.seeds)) for arm in findings.arms],
+        f"{metric} ± deviation": with_deviation([arm.metric for arm in findings.arms]),
+        f"{_confidence(findings)} interval": [_mean_interval(arm) for arm in findings.arms],
+    }
+    if any(arm.diverged for arm in findings.arms):
+        columns["diverged"] = [_divergence_text(arm) for arm in findings.arms]
+    rows = tuple((arm.arm, *cells) for arm, *cells in zip(findings.arms, *columns.values(), strict=True))
+    return TextTable(title=f"Arms over seeds {listed(findings.seeds)}", head=("arm", *columns), rows=rows)
+
+
+def _mean_interval(arm: ArmSummary) -> str:
+    if arm.metric is None or arm.interval is None or not arm.metric.standard_error:
+        return ABSENT
+    decimals = num_decimals(arm.metric.standard_error, arm.metric.mean)
+    return f"[{', '.join(f'{end:,.{decimals}f}' for end in arm.interval)}]"
+
+
+def _divergence_text(arm: ArmSummary) -> str:
+    """Return the share of diverged runs with its interval."""
+    if arm.divergence is None:
+        return ABSENT
+    low, high = (f"{100 * end:.0f}" for end in arm.divergence.interval)
+    return f"{arm.divergence.num_diverged} of {arm.divergence.num_runs} [{low}%, {high}%]"
+
+
+def _further_table(findings: Findings) -> TextTable:
+    by_arm = {
+        comparison.arm: comparison
+        for comparison in findings.comparisons
+        if comparison.against == findings.baseline
+    }
+    names = tuple(findings.arms[0].further_metrics)
+    columns = []
+    for name in names:
+        columns.append(with_deviation([arm.further_metrics[name] for arm in findings.arms]))
+        compared = [by_arm.get(arm.arm) for arm in findings.arms]
+        columns.append(
+            [with_interval(None if item is None else item.further_metrics[name]) for item in compared]
+        )
+    return TextTable(
+        title=f"Further metrics, without a verdict; difference to {findings.baseline} with its "
+        f"{_confidence(findings)} interval",
+        head=("arm", *(column for name in names for column in (in_words(name), "difference"))),
+        rows=tuple((arm.arm, *cells) for arm, *cells in zip(findings.arms, *columns, strict=True)),
+    )
+
+
+# Sentences --------------------------------------------------------------------------------------------------
+def verdict_lines(findings: Findings) -> list[str]:
+    """Return sentences on what is equal, and on what it takes to resolve the rest."""
+    lines = []
+    margin = findings.rules.equal_within
+    equal = [item for item in findings.comparisons if item.verdict is Verdict.EQUAL]
+    if equal:
+        names = ", ".join(_comparison_name(findings, item) for item in equal)
+        lines.append(f"Equal within {margin:g}: {names}.")
+    needed = [
+        f"{_comparison_name(findings, item)} (about {item.judgement.seeds_needed:,})"
+        for item in findings.comparisons
+        if item.judgement is not None and item.judgement.seeds_needed is not None
     ]
+    if needed:
+        lines.append(f"Seeds that would resolve it, if the difference stays as it is: {', '.join(needed)}.")
+    return lines
+
+
+def noise_line(findings: Findings) -> str:
+    """Return a sentence on the noise and on the difference that these seeds resolve; empty if not known."""
+    noise = findings.noise
+    if not noise.deviation:
+        return ""
+    text = (
+        f"Noise between seeds: standard deviation {noise.deviation:.3g} of a run "
+        f"({noise.degrees_of_freedom} degrees of freedom)."
+    )
+    if findings.smallest_resolved is None:
+        return text
+    return f"{text} These seeds resolve a difference of {findings.smallest_resolved:.2g} 4 times in 5."
+
+
+def look_line(findings: Findings) -> str:
+    """Return a sentence on the look that counts; empty without fixed looks."""
+    if findings.look is None:
+        return ""
+    planned = listed(findings.rules.looks)
+    return f"Look at {findings.look} seeds of those planned ({planned}), at level {findings.level:.3g}."
