@@ -88,11 +88,11 @@ class Findings:
     arms: tuple[ArmSummary, ...]
     comparisons: tuple[Comparison, ...]  # those with the baseline, then the further ones
     noise: Noise
-    smallest_resolved: float | None  # difference that these seeds resolve 4 times in 5
     level: float  # significance level of the verdicts
     look: int | None  # number of seeds of the look that counts; None without fixed looks
     budget: str | None  # the metric that should be equal; None: none
     is_matched: bool | None  # whether it is; None if no two arms have finished a seed
+    smallest_resolved: float | None = None  # difference that these seeds resolve 4 times in 5
     changes: tuple[str, ...] = ()  # of the study since its first run
     notes: tuple[str, ...] = ()  # caveats: what was left out, or does not compare
     version: int = 1  # of this file
