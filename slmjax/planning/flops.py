@@ -34,10 +34,8 @@ def _count_equation(equation: Any) -> float:
     parameters = equation.params
     if name == "dot_general":
         return _product(equation)
-    if name == "ragged_dot_general" or name == "ragged_dot":
-        # A grouped product: each row is multiplied with the matrix of its group alone.
-        rows, matrices = (operand.aval.shape for operand in equation.invars[:2])
-        return 2.0 * math.prod(rows) * matrices[-1]
+    if name == "ragged_dot_general":
+        return _grouped_product(equation)
     if name == "conv_general_dilated":
         # Each output is a sum over the kernel without its output features.
         kernel = equation.invars[1].aval.shape
@@ -73,3 +71,13 @@ def _product(equation: Any) -> float:
     # Contracted and batch dims are part of both operands, and count once.
     shared = math.prod(left[dim] for dim in (*contracted, *batch))
     return 2.0 * math.prod(left) * math.prod(right) / max(shared, 1)
+
+
+def _grouped_product(equation: Any) -> float:
+    # Each row is multiplied with the matrix of its group alone, so the dim of groups does not count.
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    rows, matrices = (operand.aval.shape for operand in equation.invars[:2])
+    counted = {*contracted, *batch, *numbers.rhs_group_dimensions}
+    free = [size for dim, size in enumerate(matrices) if dim not in counted]
+    return 2.0 * math.prod(rows) * math.prod(free)

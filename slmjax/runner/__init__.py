@@ -12,6 +12,7 @@ Files in reading order:
 - quant_phases.py: phases of quantization within a run
 - out_of_memory.py: errors with options that need less memory
 - session.py: `open_session`, all that a session works with
+- step_time.py: time and memory of a training, from a few steps on random tokens
 - dry_run.py: `plan_run`, what a run would be
 - trainer.py: `train`, the loop
 - population.py: `train_population`, several runs in one program

@@ -17,7 +17,10 @@ Files in reading order:
 - changes.py: changes of an experiment by field paths.
 - design.py: budgets, quantities that are made equal, rates that are tuned.
 - claims.py: which process trains a member, on any host.
+- design.py: budgets, quantities that are made equal, rates that are tuned; costs.py: parameters, FLOPs
+  and bytes of an arm.
 - study.py: a study and its members; running.py runs and resumes them.
+- matching.py: arms made equal to the baseline, in parameters, FLOPs and others.
 - questions.py: what is asked of results, and their table; caveats.py: notes on what does not compare.
 - results_files.py: rows of files and directories; foreign_results.py: their columns as a question.
 - findings.py: comparisons and verdicts; layout.py shows them; text_tables.py aligns their tables.
@@ -29,6 +32,7 @@ Files in reading order:
 from slmjax.quantization.ptq.round_to_nearest import Clip
 from slmjax.studies.arms import Arm, Derivation, Derived
 from slmjax.studies.claims import Lease
+from slmjax.studies.costs import ArmCost, TextSize, arm_cost, text_size
 from slmjax.studies.derived import RoundToNearest
 from slmjax.studies.design import Budget, Dimension, LearningRates, Match, Quantity
 from slmjax.studies.findings import (
@@ -46,6 +50,7 @@ from slmjax.studies.layout import (
     findings_table,
     print_findings,
 )
+from slmjax.studies.matching import CannotMatch, Matched, at_matched, match_arms
 from slmjax.studies.questions import Question
 from slmjax.studies.recovery import (
     ArmRecovery,
@@ -87,10 +92,15 @@ from slmjax.studies.sweeps import ChosenRate, RateSweep, at_rates, best_rates
 
 __all__ = [
     "Quantity",
+    "CannotMatch",
     "Match",
+    "Matched",
+    "at_matched",
+    "match_arms",
     "LearningRates",
     "Dimension",
     "Arm",
+    "ArmCost",
     "ArmRecovery",
     "ArmSummary",
     "Budget",
@@ -119,7 +129,10 @@ __all__ = [
     "Study",
     "Summary",
     "Verdict",
+    "TextSize",
     "analyze",
+    "arm_cost",
+    "text_size",
     "at_rates",
     "best_rates",
     "bootstrap_interval",

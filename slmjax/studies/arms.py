@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from slmjax.studies.changes import with_changes
 from slmjax.training.experiment import Experiment
 
 
@@ -40,6 +41,16 @@ class Arm:
     def directory(self) -> str:
         """Name of the arm's directory."""
         return directory_name(self.name)
+
+    def then(self, change: Callable[[Experiment], Experiment]) -> "Arm":
+        """Return the arm with a further change, after its own."""
+        changes = self.changes
+
+        def changed(experiment: Experiment) -> Experiment:
+            own = changes(experiment) if callable(changes) else with_changes(experiment, changes)
+            return change(own)
+
+        return dataclasses.replace(self, changes=changed)
 
 
 # An interface, so that a study does not depend on the methods of quantization.

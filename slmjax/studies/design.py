@@ -1,11 +1,13 @@
 """What a study fixes beforehand besides its arms: budgets, equal quantities, learning rates to tune over.
 
-matched = (Match(quantity=Quantity.PARAMETERS, by="ffn"), Match(quantity=Quantity.FLOPS, by="steps"))
-tune = LearningRates(rates=(5e-4, 1e-3, 2e-3), seeds=(1000,))
+parameters = Match(quantity=Quantity.PARAMETERS, by=Dimension.FFN)
+matched = (parameters, Match(quantity=Quantity.FLOPS, by=Dimension.STEPS))
+tune = LearningRates(factors=(0.25, 0.5, 1, 2, 4), seeds=(1000,))
 """
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +41,26 @@ class Quantity(enum.Enum):
 class Dimension(enum.Enum):
     """What an arm may change to match."""
 
-    STEPS = "steps"
-    WIDTH = "width"
-    DEPTH = "depth"
-    FFN = "ffn"
+    STEPS = "steps"  # run.steps
+    WIDTH = "width"  # model.embed_dim; feed-forward layers keep their ratio to it
+    DEPTH = "depth"  # repeats of the layer groups
+    FFN = "ffn"  # hidden widths of the feed-forward layers
+
+
+_SIZES = (Dimension.WIDTH, Dimension.DEPTH, Dimension.FFN)
+# The dimensions that each quantity depends on.
+_DEPENDS_ON: Mapping[Quantity, tuple[Dimension, ...]] = {
+    Quantity.TOKENS: (Dimension.STEPS,),
+    Quantity.FLOPS: (Dimension.STEPS, *_SIZES),
+    # By sizes, each candidate would have to be compiled and timed.
+    Quantity.SECONDS: (Dimension.STEPS,),
+    Quantity.PARAMETERS: _SIZES,
+    Quantity.NON_EMBEDDING_PARAMETERS: _SIZES,
+    Quantity.ACTIVE_PARAMETERS: _SIZES,
+    Quantity.DEPLOYED_BYTES: _SIZES,
+    Quantity.CACHE_BYTES: (Dimension.WIDTH, Dimension.DEPTH),
+    Quantity.EPOCHS: (Dimension.STEPS,),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +70,8 @@ class Match:
     quantity: Quantity
     by: Dimension  # what the other arms change
     tolerance: float = 0.01  # largest difference from the baseline, as a fraction of it
+    # names of arms that come as near as they can, and are compared even outside the tolerance
+    allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < 1:
@@ -59,17 +79,36 @@ class Match:
                 f"the tolerance of {self.quantity.value} is {self.tolerance}: give a fraction from 0 to "
                 "below 1, such as 0.01"
             )
+        if self.by not in (dimensions := _DEPENDS_ON[self.quantity]):
+            raise ValueError(
+                f"{self.quantity.value} cannot be matched by {self.by.value}: use "
+                f"{' or '.join(dimension.value for dimension in dimensions)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearningRates:
-    """Learning rates that each arm is tried at before it is judged at its best one."""
+    """Learning rates that each arm is tried at before it is judged at its best one.
 
-    rates: tuple[float, ...]  # of `optim.lr`, each a multiple of the next lower one
+    The rate is `optim.lr`; `optim.muon_lr` and `optim.scale_lr` keep their ratio to it.
+    """
+
+    rates: tuple[float, ...] = ()  # the same for all arms, such as powers of two of one rate
+    # or multiples of each arm's own rate, such as (0.25, 0.5, 1, 2, 4): arms with other optimizers
+    factors: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (1000,)  # that choose; none may be a seed of the study
 
     def __post_init__(self) -> None:
-        if len(set(self.rates)) < max(3, len(self.rates)) or min(self.rates) <= 0:
-            raise ValueError(f"rates to tune over are {self.rates}: give at least 3 above 0, each once")
+        if bool(self.rates) == bool(self.factors):
+            raise ValueError(
+                f"rates to tune over are {self.rates} and their factors {self.factors}: give one of both"
+            )
+        grid = self.rates or self.factors
+        if len(set(grid)) < max(3, len(grid)) or min(grid) <= 0:
+            raise ValueError(f"rates to tune over are {grid}: give at least 3 above 0, each once")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"the tuning seeds are {self.seeds}: give at least one, and each only once")
+
+    def grid(self, own: float) -> tuple[float, ...]:
+        """Return the rates of an arm whose own rate is `own`, in rising order."""
+        return tuple(sorted(self.rates or (factor * own for factor in self.factors)))
