@@ -4,7 +4,7 @@ Files in reading order:
 
 - device_peaks.py: peak FLOP/s of devices
 - flops.py: FLOPs of a program
-- training_flops.py: FLOPs of a whole training
+- run_flops.py: FLOPs of a whole training
 - traffic.py: bytes that a compiled program sends
 - memory.py: memory of a step, and options that need less
 """

@@ -19,7 +19,7 @@ from slmjax.distill.teachers import Teachers, split_devices
 from slmjax.parallel.batches import local_sequences, place_batch
 from slmjax.parallel.mesh import make_mesh
 from slmjax.planning.memory import StepMemory, compiled_memory
-from slmjax.planning.training_flops import Stretch, program_key, stretches
+from slmjax.planning.run_flops import Stretch, program_key, stretches
 from slmjax.training.experiment import Experiment
 from slmjax.training.programs import make_programs, teacher_plans
 from slmjax.training.state import init_state

@@ -16,9 +16,8 @@ Files in reading order:
 - statistics/: samples, verdicts and power, on plain numbers.
 - changes.py: changes of an experiment by field paths.
 - design.py: budgets, quantities that are made equal, rates that are tuned.
+- costs.py: parameters, FLOPs and bytes of an arm.
 - claims.py: which process trains a member, on any host.
-- design.py: budgets, quantities that are made equal, rates that are tuned; costs.py: parameters, FLOPs
-  and bytes of an arm.
 - study.py: a study and its members; running.py runs and resumes them.
 - matching.py: arms made equal to the baseline, in parameters, FLOPs and others.
 - questions.py: what is asked of results, and their table; caveats.py: notes on what does not compare.

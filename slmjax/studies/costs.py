@@ -21,7 +21,7 @@ from slmjax.data.preparation import prepare
 from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, FileTokenizer, Tokenizer
 from slmjax.models import zoo
 from slmjax.models.architecture import ModelConfig
-from slmjax.planning.training_flops import training_flops
+from slmjax.planning.run_flops import training_flops
 from slmjax.quantization.assignment import CACHE
 from slmjax.quantization.plan import Line, assignment_lines
 from slmjax.studies.design import Quantity

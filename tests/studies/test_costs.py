@@ -18,7 +18,7 @@ from slmjax.models import (
     zoo,
 )
 from slmjax.models.architecture import Remat
-from slmjax.planning.training_flops import stretches, training_flops
+from slmjax.planning.run_flops import stretches, training_flops
 from slmjax.quantization.rules import QuantConfig, QuantPhase, QuantRule, quant_of
 from slmjax.studies.costs import arm_cost, text_size
 from slmjax.studies.design import Quantity
