@@ -61,6 +61,7 @@ def _verdict(args: Any) -> int:
     from slmjax.studies import findings_json, print_findings, write_findings
     from slmjax.studies.findings import analyze_members
     from slmjax.studies.foreign_results import choose_columns, read_columns, with_names
+    from slmjax.studies.report import report_of, write_report_files
     from slmjax.studies.results_files import read_results
     from slmjax.studies.statistics.results_table import Rules
 
@@ -87,7 +88,12 @@ def _verdict(args: Any) -> int:
     )
     results = read_columns(table, columns, baseline=args.baseline, rules=rules, tolerance=args.tolerance)
     findings = analyze_members(results.question, results.members)
-    written = [] if args.out is None else [write_findings(findings, Path(args.out))]
+    written = []
+    if args.out is not None:
+        written = [
+            write_findings(findings, Path(args.out)),
+            write_report_files(report_of(findings, results.members), Path(args.out)),
+        ]
     if args.json:
         print_json(
             {

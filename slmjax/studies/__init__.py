@@ -23,6 +23,7 @@ Files in reading order:
 - questions.py: what is asked of results, and their table; caveats.py: notes on what does not compare.
 - results_files.py: rows of files and directories; foreign_results.py: their columns as a question.
 - findings.py: comparisons and verdicts; layout.py shows them; text_tables.py aligns their tables.
+- noise.py: the ledger of noise of all studies.
 - sweeps.py: each arm at its own best learning rate.
 - report/: the page of a study, its tables for texts, and the data that they show.
 - recovery.py: what quantization-aware training recovers; recovery_layout.py shows it.
@@ -50,6 +51,7 @@ from slmjax.studies.layout import (
     print_findings,
 )
 from slmjax.studies.matching import CannotMatch, Matched, at_matched, match_arms
+from slmjax.studies.noise import expected_deviation, ledger_of, record_noise
 from slmjax.studies.questions import Question
 from slmjax.studies.recovery import (
     ArmRecovery,
@@ -136,10 +138,12 @@ __all__ = [
     "best_rates",
     "bootstrap_interval",
     "decide",
+    "expected_deviation",
     "findings_json",
     "findings_markdown",
     "findings_table",
     "holm",
+    "ledger_of",
     "measure",
     "member_experiment",
     "paired_difference",
@@ -147,6 +151,7 @@ __all__ = [
     "print_recovery",
     "read_findings",
     "read_members",
+    "record_noise",
     "recovered_fraction",
     "recovery_json",
     "recovery_markdown",

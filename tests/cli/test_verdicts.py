@@ -47,7 +47,8 @@ def test_a_verdict_on_a_csv(results: Path, capsys: pytest.CaptureFixture[str]) -
     status, out = verdict(capsys, results.name, *options, "--json", "--out", "answer")
     printed = json.loads(out)
     assert status == 0 and printed["columns"]["guessed"] == ["seed"]
-    assert printed["written"][0] == "answer/findings.json"
+    assert printed["written"] == ["answer/findings.json", "answer/report.html"]
+    assert "muon" in Path("answer/report.md").read_text() and "muon" in Path("answer/report.csv").read_text()
     assert json.loads(Path(printed["written"][0]).read_text()) == printed["findings"]
     assert read_findings("answer").comparisons[0].arm == "muon"
     # A higher value is the better one: the same numbers come to the other verdict.
