@@ -44,7 +44,7 @@ _STATUSES = {
     FAILED: "failed failure crashed killed error preempted interrupted stopped timeout cancelled canceled",
     "running": "running pending queued starting",
 }
-_STATUS_OF = {word: status for status, words in _STATUSES.items() for word in words.split()}
+_STATUS_OF = {name: status for status, names in _STATUSES.items() for name in names.split()}
 _BLANK = ("", "null", "none", "na", "n/a")
 
 

@@ -215,10 +215,10 @@ def expected_deviation(
         return None
     distances = [_distance(record, parameters, tokens) for record in records]
     least = min(distances)
-    reach = math.log(NEAR)
-    is_near = least <= reach
+    farthest = math.log(NEAR)
+    is_near = least <= farthest
     # Beyond a factor of NEAR only one size counts: others are farther still.
-    limit = reach if is_near else least + 1e-9
+    limit = farthest if is_near else least + 1e-9
     near = [record for record, distance in zip(records, distances, strict=True) if distance <= limit]
     degrees = sum(record.degrees_of_freedom for record in near)
     variance = sum(record.degrees_of_freedom * record.deviation**2 for record in near) / degrees
