@@ -4,10 +4,22 @@ findings = sample_findings()                       # five arms, three seeds, all
 report = sample_report(names=("base", "a & b"))    # everything that a page can show
 """
 
+import dataclasses
 import math
 from typing import Any
 
 from slmjax.studies.findings import ArmSummary, Comparison, Divergence, Findings
+from slmjax.studies.report import StudyReport, report_of
+from slmjax.studies.report.data import (
+    ArmReport,
+    Curve,
+    CurveChart,
+    DivergedCurve,
+    MatchReport,
+    SettingReport,
+    TextNoise,
+    TunedReport,
+)
 from slmjax.studies.statistics.results_table import Rules
 from slmjax.studies.statistics.samples import paired_difference, summarize
 from slmjax.studies.statistics.verdicts import Judgement, Noise, Verdict
@@ -105,4 +117,124 @@ def _judgement(
         equal_p=0.01 if verdict is Verdict.EQUAL else 0.4,
         verdict=verdict,
         seeds_needed=12 if verdict is Verdict.NOT_RESOLVED else None,
+    )
+
+
+# A report with every part -----------------------------------------------------------------------------------
+def sample_report(
+    names: tuple[str, ...] = ODD_NAMES, seeds: tuple[int, ...] = (0, 1, 2), **changes: Any
+) -> StudyReport:
+    """A report with everything that a page can show: the last arm has a run that diverged."""
+    report = report_of(sample_findings(names, seeds))
+    arms = tuple(_with_costs(arm, i) for i, arm in enumerate(report.arms))
+    last = dataclasses.replace(
+        arms[-1], ended=len(seeds), diverged=1, failed=1, seeds=seeds[:-1], diverged_interval=(0.01, 0.9)
+    )
+    tried = (5e-4, 1e-3, 2e-3, 4e-3)
+    fields: dict[str, Any] = {
+        "arms": (*arms[:-1], last),
+        "smallest_effect": 0.01,
+        "look": "Look at 3 seeds of those planned (3, 5, 8): verdicts at level 0.012.",
+        "noise": dataclasses.replace(
+            report.noise,
+            smallest_resolved=0.012,
+            notes=("The ledger has 0.0031 for models of this size, from 12 pairs of equal runs.",),
+        ),
+        "text": tuple(
+            TextNoise(
+                arm=item.arm,
+                against=item.against,
+                seeds_error=0.002,
+                text_error=0.0011,
+                documents=312,
+                advice="seeds",
+            )
+            for item in report.comparisons
+        ),
+        "matched": tuple(
+            MatchReport(
+                arm=name,
+                quantity="flops",
+                target=1.234e13,
+                before=1.5e13,
+                after=1.231e13 + i * 1e10,
+                changed=f"steps 300 to {250 - i}",
+                is_met=i < 3,
+                text="" if i < 3 else f"{name}: no number of steps reaches the target.",
+            )
+            for i, name in enumerate(names[1:])
+        ),
+        "tuned": tuple(
+            TunedReport(
+                arm=name,
+                rate=1.4e-3 if i % 3 else 2e-3,
+                tried=tuple(
+                    (rate, 1.7 + 0.02 * (math.log2(rate / 1.4e-3)) ** 2 + 0.01 * i) for rate in tried
+                ),
+                seeds=(1000,),
+                is_resolved=i != 1,
+                sensitivity=0.03,
+                text="the optimum is at the edge of the range." if i == 1 else "",
+            )
+            for i, name in enumerate(names)
+        ),
+        "curves": (
+            _curves("held-out", "Held-out bits per byte", names),
+            _curves("training", "Training loss", names),
+        ),
+        "settings_of": names,
+        "settings": tuple(
+            SettingReport(path=path, values=tuple(f"{10 * (i + 1)}" for i in range(len(names))))
+            for path in ("model.stack.0.repeats", "model.d_model", "optim.lr", "run.steps")
+        ),
+        "changes": ("2026-12-01: optim.lr of wide was 0.001 when the study was fixed, and is 0.002.",),
+        "environment": (("commit", "c0ffee"), ("jax", "0.10.2"), ("devices", "1 x cpu")),
+        "commands": ("git checkout c0ffee", "slmjax ablate study.py", "slmjax report shape"),
+    }
+    return dataclasses.replace(report, **{**fields, **changes})
+
+
+def _with_costs(arm: ArmReport, index: int) -> ArmReport:
+    costs = {
+        "parameters": 610_304.0 * (1 + index % 3),
+        "flops": 1.23e13 * (1 + 0.4 * index),
+        "tokens": 614_400.0,
+        "seconds": 61.0 + 20 * index,
+        "tokens_per_second": 10_000.0 - 900 * index,
+        "memory_bytes": 212e6 + 1e7 * index,
+        "deployed_bytes": 1.2e6 * (1 + index % 3),
+        "cache_bytes": 65_536.0,
+    }
+    return dataclasses.replace(arm, costs=costs)
+
+
+def _curves(name: str, title: str, names: tuple[str, ...]) -> CurveChart:
+    steps = tuple(range(10, 310, 10))
+
+    def value(step: int, index: int, shift: float = 0.0) -> float:
+        return 1.6 + 6 / (1 + step / 15) + SHIFTS[index % len(SHIFTS)] + shift
+
+    return CurveChart(
+        name=name,
+        title=title,
+        about="evaluations during training",
+        curves=tuple(
+            Curve(
+                arm=arm,
+                steps=steps,
+                mean=tuple(value(step, i) for step in steps),
+                low=tuple(value(step, i, -0.02) for step in steps),
+                high=tuple(value(step, i, 0.02) for step in steps),
+                num_runs=3,
+            )
+            for i, arm in enumerate(names)
+        ),
+        diverged=(
+            DivergedCurve(
+                arm=names[-1],
+                seed=2,
+                steps=steps[:12],
+                values=tuple(value(step, 0, step**2 / 40_000) for step in steps[:12]),
+            ),
+        ),
     )

@@ -40,14 +40,15 @@ from slmjax.telemetry.report.charts import (
 )
 
 ROW = 50  # pixels of a row of the forest plot
-NARROW = 520  # pixels of a plot; below, the texts of a row are shortened
-WARM_UP = 0.15  # fraction of the steps that do not determine the axis of a learning curve
+NARROW = 640  # pixels of a plot; below, the texts of a row are shortened
+WARM_UP = 0.25  # fraction of the steps that do not determine the axis of a learning curve
 EQUAL_COST = 0.02  # costs that differ by less are equal
 ROUNDING = 1e-9  # of logarithms of learning rates
 FEW_ARMS = 12  # most arms that a chart of curves shows with bands
-# Blue and orange of Okabe and Ito are told apart by all readers; on dark paper, too.
-VERDICT_COLOURS = {BETTER: "#0072B2", EQUAL: "#009E73", NOT_RESOLVED: "#8C8C8C", WORSE: "#D55E00"}
+# In the order of the colours of a theme, so that each theme has its own: blue, vermilion, green, and grey.
+VERDICT_ORDER = (BETTER, WORSE, EQUAL, "", " ", "  ", NOT_RESOLVED)
 VERDICT_SHAPES = {BETTER: "circle", EQUAL: "diamond", NOT_RESOLVED: "cross", WORSE: "square"}
+BAND = "#009E73"  # of equality; light, so that one colour suits both themes
 # The bounds of an axis may exceed those of the differences by this factor; longer intervals are cut.
 LONGEST_INTERVAL = 3.0
 
@@ -63,10 +64,7 @@ def forest_chart(report: StudyReport) -> Chart | None:
     way = "left" if report.lower_is_better else "right"
     metric = in_words(report.metric)
     band = "" if report.equal_within is None else f"; band: equal within {report.equal_within:g}"
-    about = (
-        f"difference of {metric} to {_references(report, shown)} with its {confidence_text(report)} "
-        f"interval; {way} is better{band}"
-    )
+    about = f"{metric}, with {confidence_text(report)} intervals; {way} is better{band}"
     layers: list[Spec] = []
     scale = {"domain": [low, high], "nice": False, "zero": False}
     x: Spec = {"type": "quantitative", "scale": scale, "title": None}
@@ -77,7 +75,7 @@ def forest_chart(report: StudyReport) -> Chart | None:
         layers.append(
             {
                 "data": {"values": [edges]},
-                "mark": {"type": "rect", "color": VERDICT_COLOURS[EQUAL], "opacity": 0.13},
+                "mark": {"type": "rect", "color": BAND, "opacity": 0.13},
                 "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"}},
             }
         )
@@ -91,7 +89,9 @@ def forest_chart(report: StudyReport) -> Chart | None:
     spec = chart_spec(rows, {"layer": layers})
     # A row for each comparison, above the space of the axis.
     spec["height"] = ROW * len(rows) + 34
-    return Chart(name="verdicts", title="Verdicts", subtitle=about, spec=spec)
+    return Chart(
+        name="verdicts", title=f"Difference to {_references(report, shown)}", subtitle=about, spec=spec
+    )
 
 
 def _references(report: StudyReport, shown: Sequence[ComparisonReport]) -> str:
@@ -147,7 +147,7 @@ def _forest_marks(x: Spec) -> list[Spec]:
     colour: Spec = {
         "field": "verdict",
         "type": "nominal",
-        "scale": {"domain": list(VERDICT_COLOURS), "range": list(VERDICT_COLOURS.values())},
+        "scale": {"domain": list(VERDICT_ORDER)},
         "legend": None,
     }
     shape = {**colour, "scale": {"domain": list(VERDICT_SHAPES), "range": list(VERDICT_SHAPES.values())}}
@@ -187,12 +187,16 @@ def _forest_marks(x: Spec) -> list[Spec]:
                 **text,
                 "align": "left",
                 "fontWeight": 600,
-                "limit": {"expr": f"width * (width < {NARROW} ? 0.62 : 0.42)"},
+                # As much as the text on the right leaves, by the width of its characters.
+                "limit": {
+                    "expr": f"width - 16 - 7.3 * (width < {NARROW} ? length(datum.short) : "
+                    "length(datum.long))"
+                },
             },
             "encoding": {"x": {"value": 0}, "y": y, "text": {"field": "name"}},
         },
         {
-            "mark": {**text, "align": "right", "limit": {"expr": "width * 0.56"}},
+            "mark": {**text, "align": "right"},
             "encoding": {"x": {"value": "width"}, "y": y, "color": colour, "text": short_where_narrow},
         },
     ]
@@ -234,7 +238,7 @@ def forest_picture(report: StudyReport, kind: str = "svg") -> bytes:
         "padding": {"left": 14, "right": 14, "top": 8, "bottom": 8},
         "title": {
             "text": report.question or report.study,
-            "subtitle": chart.subtitle,
+            "subtitle": f"{chart.title}: {chart.subtitle}",
             "anchor": "start",
             "offset": 10,
             "limit": 720,
@@ -273,7 +277,7 @@ def pairs_chart(report: StudyReport) -> Chart | None:
     }
     y: Spec = {"field": "row", "type": "ordinal", "axis": None}
     tooltip = [{"field": "name", "title": "arm"}, {"field": "seed"}, {"field": "value", "format": "+.4~g"}]
-    colour = {"value": COLOURS[0]}
+    colour: Spec = {"type": "nominal", "scale": {"domain": ["seed", "mean"]}, "legend": None}
     first = [{"filter": "datum.first"}]
     for row, previous in zip(rows, [None, *rows[:-1]], strict=True):
         row["first"] = previous is None or previous["row"] != row["row"]
@@ -283,13 +287,18 @@ def pairs_chart(report: StudyReport) -> Chart | None:
             "encoding": {"x": {**x, "datum": 0}},
         },
         {
-            "mark": {"type": "tick", "thickness": 2, "size": 18, "color": COLOURS[1], "yOffset": 7},
+            "mark": {"type": "tick", "thickness": 2, "size": 18, "yOffset": 7},
             "transform": first,
-            "encoding": {"x": {**x, "field": "mean"}, "y": y},
+            "encoding": {"x": {**x, "field": "mean"}, "y": y, "color": {**colour, "datum": "mean"}},
         },
         {
             "mark": {"type": "point", "filled": True, "size": 60, "opacity": 0.75, "yOffset": 7},
-            "encoding": {"x": {**x, "field": "value"}, "y": y, "color": colour, "tooltip": tooltip},
+            "encoding": {
+                "x": {**x, "field": "value"},
+                "y": y,
+                "color": {**colour, "datum": "seed"},
+                "tooltip": tooltip,
+            },
         },
         {
             "mark": {
@@ -305,8 +314,9 @@ def pairs_chart(report: StudyReport) -> Chart | None:
     ]
     spec = chart_spec(rows, {"layer": layers})
     spec["height"] = 38 * len(shown) + 34
-    about = f"{in_words(report.metric)} of the arm minus that of {report.baseline}; line: mean over seeds"
-    return Chart(name="pairs", title="Paired differences by seed", subtitle=about, spec=spec)
+    about = f"{in_words(report.metric)}; a dot for each seed, a line at their mean"
+    title = f"Difference to {_references(report, shown)}, seed by seed"
+    return Chart(name="pairs", title=title, subtitle=about, spec=spec)
 
 
 # Curves -----------------------------------------------------------------------------------------------------
@@ -429,29 +439,25 @@ def _tradeoff(report: StudyReport, name: str) -> tuple[Chart, str] | None:
     if len(choices) < 2 or max(costs) <= (1 + EQUAL_COST) * min(costs):
         return None
     on_front = [choice.name for choice in pareto_front(choices, lower_is_better=report.lower_is_better)]
+    # Numbers on the points and names in the legend, which wraps: names would hide each other.
+    labels = tuple(f"{index} {choice.name}" for index, choice in enumerate(choices, start=1))
     rows = []
-    for arm, choice in zip(shown, choices, strict=True):
+    for index, (arm, choice) in enumerate(zip(shown, choices, strict=True)):
         interval = arm.metric.interval if arm.metric is not None else None
         low, high = interval or (choice.quality, choice.quality)
-        is_on_front = choice.name in on_front
-        rows.append(
-            {
-                "name": choice.name,
-                "x": choice.cost,
-                "y": choice.quality,
-                "low": low,
-                "high": high,
-                "front": "on the Pareto front" if is_on_front else "not on it",
-            }
-        )
+        row = {"series": labels[index], "number": str(index + 1), "x": choice.cost, "y": choice.quality}
+        rows.append({**row, "low": low, "high": high, "is_on_front": choice.name in on_front})
     cost = COSTS[name]
     metric = in_words(report.metric)
+    # A logarithmic axis of a narrow range has hardly a tick.
+    is_log = max(costs) > 4 * min(costs)
+    scale = {"type": "log", "nice": False} if is_log else {"zero": False, "nice": False}
     x: Spec = {
         "field": "x",
         "type": "quantitative",
         "title": cost.axis,
-        "scale": {"type": "log", "nice": False, "padding": 40},
-        "axis": {"format": "~s", "grid": False, "tickCount": 4},
+        "scale": {**scale, "padding": 24},
+        "axis": {"format": ".3~s", "grid": False, "tickCount": 4},
     }
     y: Spec = {
         "type": "quantitative",
@@ -459,34 +465,39 @@ def _tradeoff(report: StudyReport, name: str) -> tuple[Chart, str] | None:
         "scale": {"zero": False, "nice": True, "padding": 14},
         "axis": {"format": ".4~g", "tickCount": 5},
     }
-    spec = chart_spec(rows, {"layer": _tradeoff_marks(x, y, title=cost.axis, metric=metric)})
+    encoding = {"color": by_series(labels, has_legend=True)}
+    marks = _tradeoff_marks(x, y, title=cost.axis, metric=metric)
+    spec = chart_spec(rows, {"encoding": encoding, "layer": marks})
     spec["height"] = 270
     way = "lower" if report.lower_is_better else "higher"
-    about = f"{metric} ({way} is better) with its {confidence_text(report)} interval; filled: Pareto front"
-    chart = Chart(name=f"cost-{name}", title=f"Quality and {cost.axis}", subtitle=about, spec=spec)
+    about = f"{metric} ({way} is better) with {confidence_text(report)} intervals; filled: Pareto front"
+    chart = Chart(
+        name=f"cost-{name}", title=f"Quality and {cost.axis}", subtitle=about, spec=spec, labels=labels
+    )
     return chart, f"Pareto front over {cost.axis}: {', '.join(on_front)}."
 
 
 def _tradeoff_marks(x: Spec, y: Spec, *, title: str, metric: str) -> list[Spec]:
-    on_front = {"filter": "datum.front === 'on the Pareto front'"}
-    off_front = {"filter": "datum.front !== 'on the Pareto front'"}
-    colour = COLOURS[0]
+    on_front = {"filter": "datum.is_on_front"}
+    off_front = {"filter": "!datum.is_on_front"}
+    grey = {"value": "#8C8C8C"}
     tooltip = [
-        {"field": "name", "title": "arm"},
+        {"field": "series", "title": "arm"},
         {"field": "x", "format": ",.4~g", "title": title},
         {"field": "y", "format": ".5~g", "title": metric},
-        {"field": "front", "title": "Pareto"},
+        {"field": "is_on_front", "title": "on the Pareto front"},
     ]
     mean: Spec = {**y, "field": "y"}
-    point: Spec = {"type": "point", "size": 75, "opacity": 1, "color": colour}
+    point: Spec = {"type": "point", "size": 80, "opacity": 1}
+    order = {"field": "x", "type": "quantitative"}
     return [
         {
-            "mark": {"type": "line", "strokeWidth": 1.5, "strokeDash": [4, 3], "color": colour},
+            "mark": {"type": "line", "strokeWidth": 1.5, "strokeDash": [4, 3]},
             "transform": [on_front],
-            "encoding": {"x": x, "y": mean, "order": {"field": "x", "type": "quantitative"}},
+            "encoding": {"x": x, "y": mean, "order": order, "color": grey},
         },
         {
-            "mark": {"type": "rule", "strokeWidth": 1.5, "color": colour, "opacity": 0.6},
+            "mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.7},
             "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}},
         },
         {
@@ -500,8 +511,8 @@ def _tradeoff_marks(x: Spec, y: Spec, *, title: str, metric: str) -> list[Spec]:
             "encoding": {"x": x, "y": mean, "tooltip": tooltip},
         },
         {
-            "mark": {"type": "text", "align": "left", "dx": 8, "dy": -7, "fontSize": 11, "font": FONT},
-            "encoding": {"x": x, "y": mean, "text": {"field": "name"}},
+            "mark": {"type": "text", "align": "left", "dx": 7, "dy": -8, "fontSize": 11.5, "font": FONT},
+            "encoding": {"x": x, "y": mean, "text": {"field": "number"}},
         },
     ]
 
@@ -555,8 +566,8 @@ def tuned_rates(report: StudyReport) -> Chart | None:
     ]
     return Chart(
         name="rates",
-        title="Learning rates",
-        subtitle=f"{in_words(report.metric)} on tuning seeds, which never judge; diamond: the chosen rate",
+        title=f"{in_words(report.metric).capitalize()} by learning rate",
+        subtitle="on tuning seeds, which never judge; diamond: the chosen rate",
         spec=chart_spec(rows, {"encoding": encoding, "layer": layers}),
         labels=tuple(labels) if len(labels) > 1 else (),
     )

@@ -7,7 +7,7 @@ import re
 from slmjax.studies.report.data import StudyReport
 from slmjax.studies.report.page import noise_sentences
 from slmjax.studies.report.sentences import confidence_text, losers, metric_words, progress_text, summary
-from slmjax.studies.report.tables import arms_table, further_table, report_tables, verdicts_table
+from slmjax.studies.report.tables import arms_table, costs_table, further_table, report_tables, verdicts_table
 from slmjax.studies.text_tables import TextTable, in_words, markdown_tables
 
 # Markdown ---------------------------------------------------------------------------------------------------
@@ -131,6 +131,8 @@ def latex(report: StudyReport) -> str:
         parts.append(_latex_table(verdicts_table(report), caption=about, label=f"{label}-verdicts"))
     arms = arms_table(report)
     parts.append(_latex_table(arms, caption=f"{arms.title}.", label=f"{label}-arms"))
+    if (costs := costs_table(report)) is not None:
+        parts.append(_latex_table(costs, caption=f"{costs.title}.", label=f"{label}-costs"))
     if (further := further_table(report)) is not None:
         parts.append(_latex_table(further, caption=f"{further.title}.", label=f"{label}-further"))
     return "\n\n".join(parts) + "\n"

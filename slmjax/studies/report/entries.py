@@ -16,7 +16,7 @@ from slmjax.studies.report.sentences import (
     short_summary,
     summary,
 )
-from slmjax.studies.report.tables import arms_table, verdicts_table
+from slmjax.studies.report.tables import arms_table, costs_table, verdicts_table
 from slmjax.studies.text_tables import TextTable, listed, markdown_tables
 
 HEADING = "## "
@@ -37,7 +37,8 @@ def log_entry(report: StudyReport) -> str:
         f"to {report.baseline} with their {confidence_text(report)} intervals, p by Holm over "
         f"{len(report.comparisons)} comparisons."
     )
-    tables = [item for item in (verdicts_table(report), arms_table(report)) if item.rows]
+    tables = [item for item in (verdicts_table(report), arms_table(report), costs_table(report))]
+    tables = [item for item in tables if item is not None and item.rows]
     notes = [text for text in (report.look, report.budget, *report.changes, *report.notes) if text]
     parts = [
         f"{heading}\n{about}\n{markdown_text(result)}",

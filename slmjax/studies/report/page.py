@@ -8,6 +8,7 @@ from slmjax.studies.report.data import StudyReport
 from slmjax.studies.report.sentences import losers, metric_words, progress_text, summary
 from slmjax.studies.report.tables import (
     arms_table,
+    costs_table,
     further_table,
     matching_table,
     noise_table,
@@ -61,12 +62,12 @@ def study_page(report: StudyReport) -> str:
     # The order is that of a reader's questions: the verdicts first, how they were made last.
     page.section("Verdicts", page.grid([forest_chart(report)]), _table(verdicts_table(report)))
     page.section("What lost", _list(losers(report)))
-    page.section("Arms", _table(arms_table(report)), _table(further_table(report)))
+    page.section("Arms", *map(_table, (arms_table(report), costs_table(report), further_table(report))))
     fronts = tradeoffs(report)
     page.section(
         "Quality and cost",
         page.grid([chart for chart, _ in fronts]),
-        _paragraphs([text for _, text in fronts]),
+        _list([text for _, text in fronts]),
     )
     page.section("Paired differences", page.grid([pairs_chart(report)]))
     page.section("Learning curves", page.grid([curves_chart(report, chart) for chart in report.curves]))

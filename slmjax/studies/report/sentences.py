@@ -173,7 +173,8 @@ def signed_estimate(item: Estimate | None) -> str:
 
 def runs_text(arm: ArmReport) -> str:
     """Return the runs of an arm: those with a metric, and those that diverged or failed."""
-    parts = [str(len(arm.seeds))]
+    is_complete = not arm.diverged and not arm.failed
+    parts = [str(len(arm.seeds)) if is_complete else f"{len(arm.seeds)} finished"]
     if arm.diverged:
         interval = (
             ""

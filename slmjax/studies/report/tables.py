@@ -76,7 +76,7 @@ def _seeds_text(comparison: ComparisonReport) -> str:
 
 
 def arms_table(report: StudyReport) -> TextTable:
-    """Return a row for each arm: its metric, its runs, and its costs."""
+    """Return a row for each arm: its metric and its runs."""
     metric = in_words(report.metric)
     means = estimate_texts([arm.metric for arm in report.arms])
     columns: dict[str, list[str]] = {
@@ -84,15 +84,8 @@ def arms_table(report: StudyReport) -> TextTable:
         f"{confidence_text(report)} interval": [_mean_interval(report, i) for i in range(len(report.arms))],
         "runs": [runs_text(arm) for arm in report.arms],
     }
-    for name in _shown_costs(report):
-        cost = COSTS[name]
-        columns[cost.title] = [
-            ABSENT if name not in arm.costs else cost.text(arm.costs[name]) for arm in report.arms
-        ]
     # An interval needs two seeds: of a study with one, the column would be empty.
-    columns = {
-        name: cells for name, cells in columns.items() if any(cell != ABSENT for cell in cells) or not cells
-    }
+    columns = {name: cells for name, cells in columns.items() if any(cell != ABSENT for cell in cells)}
     rows = tuple((arm.name, *cells) for arm, *cells in zip(report.arms, *columns.values(), strict=True))
     title = f"Arms: {metric_words(report)}; seeds {listed(report.seeds)}"
     return TextTable(title=title, head=("arm", *columns), rows=rows)
@@ -104,6 +97,19 @@ def _mean_interval(report: StudyReport, index: int) -> str:
         return ABSENT
     decimals = num_decimals(estimate.error, estimate.mean)
     return f"[{', '.join(f'{end:,.{decimals}f}' for end in estimate.interval)}]"
+
+
+def costs_table(report: StudyReport) -> TextTable | None:
+    """Return a row for each arm: its size, and what its runs cost; None where that is not known."""
+    names = _shown_costs(report)
+    if not names:
+        return None
+    rows = tuple(
+        (arm.name, *(COSTS[name].text(arm.costs[name]) if name in arm.costs else ABSENT for name in names))
+        for arm in report.arms
+    )
+    head = ("arm", *(COSTS[name].title for name in names))
+    return TextTable(title="Size and cost of a run, mean over seeds", head=head, rows=rows)
 
 
 def _shown_costs(report: StudyReport) -> list[str]:
@@ -121,17 +127,18 @@ def further_table(report: StudyReport) -> TextTable | None:
     if not names:
         return None
     by_arm = {item.arm: item for item in report.comparisons if item.against == report.baseline}
-    columns: list[list[str]] = []
+    columns: dict[str, list[str]] = {}
     for name in names:
-        columns.append(estimate_texts([arm.further_metrics.get(name) for arm in report.arms]))
+        columns[in_words(name)] = estimate_texts([arm.further_metrics.get(name) for arm in report.arms])
         differences = [
             signed_estimate(by_arm[arm.name].further_metrics.get(name)) if arm.name in by_arm else ""
             for arm in report.arms
         ]
-        columns.append(differences)
-    rows = tuple((arm.name, *cells) for arm, *cells in zip(report.arms, *columns, strict=True))
-    head = ("arm", *(cell for name in names for cell in (in_words(name), f"difference, {in_words(name)}")))
-    return TextTable(title="Further metrics, without a verdict", head=head, rows=rows)
+        # Without pairs of seeds there is no difference.
+        if any(cell not in ("", ABSENT) for cell in differences):
+            columns[f"difference, {in_words(name)}"] = differences
+    rows = tuple((arm.name, *cells) for arm, *cells in zip(report.arms, *columns.values(), strict=True))
+    return TextTable(title="Further metrics, without a verdict", head=("arm", *columns), rows=rows)
 
 
 def statistics_table(report: StudyReport) -> TextTable:
@@ -266,6 +273,7 @@ def report_tables(report: StudyReport) -> list[TextTable]:
     tables = [
         verdicts_table(report) if report.comparisons else None,
         arms_table(report) if report.arms else None,
+        costs_table(report),
         further_table(report),
         noise_table(report),
         text_table(report),

@@ -43,7 +43,7 @@ header + .box { margin-top: 20px; } .box { padding: 4px 16px; overflow-x: auto; 
 .box ul { margin: 10px 0; padding-left: 20px; overflow-wrap: anywhere; } .lead { font-size: 16px; margin: 16px 0 0; overflow-wrap: anywhere; } .charts + p { margin: 12px 0 0; } main > p { overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; } td, th { text-align: left; padding: 6px 18px 6px 0; border-top: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; }
 tr:first-child > * { border-top: 0; } th { font-weight: 500; color: var(--soft); } td.name { color: var(--soft); width: 38%; }
-.columns td, .columns th { overflow-wrap: normal; } .columns div { white-space: pre-line; } .columns td > div, .columns th > div { min-width: 9ch; max-width: 34ch; overflow-wrap: anywhere; } .columns td.name { width: auto; } .columns td:last-child, .columns th:last-child { padding-right: 0; }
+.columns td, .columns th { overflow-wrap: normal; } .columns div { white-space: pre-line; } .columns th > div { overflow-wrap: break-word !important; } .columns td > div, .columns th > div { min-width: 9ch; max-width: 34ch; overflow-wrap: anywhere; } .columns td.name { width: auto; } .columns td:last-child, .columns th:last-child { padding-right: 0; }
 pre { background: var(--code); border-radius: 8px; padding: 12px 14px; margin: 8px 0 14px; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre mark { background: none; color: var(--accent); font-weight: 600; }
 summary { cursor: pointer; padding: 8px 0; } details details { margin-left: 16px; }
