@@ -37,7 +37,13 @@ _MODEL = Directory(
 )
 # What options name, and what the first argument of commands is.
 _OPTIONS = {"resume": _RUN, "init-from": _MODEL, "teacher": _MODEL}
-_COMMANDS = {"eval": _MODEL, "generate": _MODEL, "quantize": _MODEL, "export": _MODEL, "report": _RUN}
+_REPORTED = Directory(
+    file="config.json",
+    name="neither a run directory nor the directory of a study",
+    instead=f"{_PRINTED}, or the directory of a study",
+)
+_STUDY_FILES = ("findings.json", "report.json", "studies.json", "plan.json", "members.jsonl")
+_COMMANDS = {"eval": _MODEL, "generate": _MODEL, "quantize": _MODEL, "export": _MODEL, "report": _REPORTED}
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".toml", ".ini", ".cfg")
 _CONFIG_OPTIONS = ("config", "config-file", "cfg", "yaml")
 
@@ -78,6 +84,8 @@ def _check_reading(command: str, argv: Sequence[str]) -> None:
         )
     # Only where it stands first: elsewhere it may be the value of an option.
     if argv[0] != positionals[0]:
+        return
+    if command == "report" and any((Path(argv[0]) / name).is_file() for name in _STUDY_FILES):
         return
     _check_directory(argv[0], argv[0], kind)
     if command == "eval":

@@ -2,33 +2,77 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from slmjax.cli.options import parse, positional, print_json
 
 
 def report_command(argv: Sequence[str]) -> int:
-    """Write the HTML report of a run.
+    """Write the HTML report of a run or of a study.
 
     slmjax report RUN_DIR
+    slmjax report STUDY_DIR [--log [--write]]
+
+    The report of a study has tables for texts, too, and report.json, from which it can be written again
+    without the runs.
     """
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        # run directory, finished or not
-        run_dir: Annotated[str, *positional("RUN_DIR")]
-        # file to write (none: report.html in the run directory)
+        # directory of a run or a study, finished or not, or one with the report.json of a study
+        directory: Annotated[str, *positional("RUN_DIR|STUDY_DIR")]
+        # file to write (none: report.html in the run directory); of a study, the directory to write to
         output: str | None = None
         # also write the charts as PNG files, to plots/ in the run directory
         images: bool = True
+        # print the entry of a study for a log of questions, such as experiments/LOG.md
+        log: bool = False
+        # with --log, also insert it above the other entries of the log file
+        write: bool = False
+        # the log file
+        log_file: str = "experiments/LOG.md"
         # print the path of the report as JSON
         json: bool = False
 
     args = parse(Arguments, argv, command="report", description=report_command.__doc__)
+    if args.write and not args.log:
+        raise ValueError("--write inserts the entry that --log prints: use both, --log --write")
+    if not (Path(args.directory) / "config.json").is_file():
+        return _report_study(args)
+    if args.log:
+        raise ValueError(f"{args.directory} is a run, and --log is for a study: name the study's directory")
     from slmjax.telemetry.report import write_report
 
-    page = write_report(args.run_dir, output=args.output, with_images=args.images)
+    page = write_report(args.directory, output=args.output, with_images=args.images)
     print_json({"page": str(page)}) if args.json else print(page)
+    return 0
+
+
+def _report_study(args: Any) -> int:
+    from slmjax.studies.report import (
+        directories_of,
+        insert_entry,
+        log_entry,
+        study_report,
+        write_report_files,
+    )
+
+    studies = []
+    for directory in directories_of(args.directory):
+        report = study_report(directory)
+        # Of several studies, each has a directory of its own in the one that is written to.
+        several = directory != Path(args.directory)
+        parent = Path(args.output) if args.output is not None else Path(args.directory)
+        page = write_report_files(report, parent / directory.name if several else parent)
+        entry = log_entry(report) if args.log else None
+        if args.write:
+            insert_entry(str(entry), args.log_file)
+        studies.append({"study": report.study, "page": str(page), "entry": entry})
+        if not args.json:
+            print(page if entry is None else entry)
+    if args.json:
+        print_json({"page": studies[0]["page"] if studies else None, "studies": studies})
     return 0
 
 

@@ -115,6 +115,7 @@ def _judgement(
         p_value=difference.p_value,
         adjusted_p=min(1.0, 4 * difference.p_value),
         equal_p=0.01 if verdict is Verdict.EQUAL else 0.4,
+        adjusted_equal_p=0.02 if verdict is Verdict.EQUAL else 0.8,
         verdict=verdict,
         seeds_needed=12 if verdict is Verdict.NOT_RESOLVED else None,
     )

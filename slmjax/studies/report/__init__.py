@@ -26,6 +26,8 @@ from slmjax.studies.report.charts import forest_picture
 from slmjax.studies.report.data import StudyReport, read_report
 from slmjax.studies.report.entries import insert_entry, log_entry
 from slmjax.studies.report.files import (
+    directories_of,
+    is_of_study,
     study_report,
     write_from_data,
     write_report_files,
@@ -35,9 +37,11 @@ from slmjax.studies.report.gathering import gather, report_of
 
 __all__ = [
     "StudyReport",
+    "directories_of",
     "forest_picture",
     "gather",
     "insert_entry",
+    "is_of_study",
     "log_entry",
     "read_report",
     "report_of",

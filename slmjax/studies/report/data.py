@@ -80,7 +80,8 @@ class ComparisonReport:
     bootstrap_interval: Interval | None = None
     p_value: float | None = None
     adjusted_p: float | None = None  # for all comparisons of the study
-    equal_p: float | None = None  # of the two one-sided tests against the margin
+    # of the two one-sided tests against the margin, for all comparisons of the study
+    adjusted_equal_p: float | None = None
     seeds_needed: int | None = None  # to resolve what is not resolved
     further_metrics: dict[str, Estimate | None] = dataclasses.field(default_factory=dict)  # differences
 

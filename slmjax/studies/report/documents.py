@@ -125,7 +125,7 @@ def latex(report: StudyReport) -> str:
     if report.comparisons:
         about = (
             f"{title} Difference of {in_words(report.metric)} to {report.baseline}, with its "
-            f"{confidence_text(report)} interval; p values by Holm over {len(report.comparisons)} "
+            f"{confidence_text(report)} interval; p values adjusted for {len(report.comparisons)} "
             "comparisons."
         )
         parts.append(_latex_table(verdicts_table(report), caption=about, label=f"{label}-verdicts"))

@@ -34,7 +34,7 @@ def log_entry(report: StudyReport) -> str:
     about += f"; {', '.join(versions)}." if versions else "."
     result = (
         f"Result: {progress_text(report)}; {metric_words(report)}; seeds {listed(report.seeds)}; differences "
-        f"to {report.baseline} with their {confidence_text(report)} intervals, p by Holm over "
+        f"to {report.baseline} with their {confidence_text(report)} intervals, p adjusted for "
         f"{len(report.comparisons)} comparisons."
     )
     tables = [item for item in (verdicts_table(report), arms_table(report), costs_table(report))]

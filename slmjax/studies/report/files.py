@@ -4,21 +4,49 @@ write_study_report("studies/width")                        # of a study's direct
 write_from_data("shipped/width/report.json", "out")        # of report.json alone
 """
 
+import logging
 from pathlib import Path
 
 from slmjax.atomic_files import write_text
+from slmjax.stored_json import read_object
 from slmjax.studies.findings import Findings, read_findings
+from slmjax.studies.report.charts import forest_picture
 from slmjax.studies.report.data import REPORT, StudyReport, read_report, write_report_data
 from slmjax.studies.report.documents import latex, markdown, members_csv, verdicts_csv
 from slmjax.studies.report.gathering import gather
 from slmjax.studies.report.page import study_page
+from slmjax.telemetry.report.charts import converter
 from slmjax.telemetry.report.page import write_page
 
+log = logging.getLogger(__name__)
+
 PAGE = "report.html"
+MARKDOWN = "report.md"
+PICTURE = "verdicts.svg"
+SEVERAL = "studies.json"  # in the directory of several studies: the directory of each
+_OF_STUDIES = ("findings.json", REPORT, SEVERAL, "plan.json", "members.jsonl")
+
+
+def is_of_study(path: str | Path) -> bool:
+    """Return whether a directory has the results of a study, or of several."""
+    return any((Path(path) / name).is_file() for name in _OF_STUDIES)
+
+
+def directories_of(path: str | Path) -> tuple[Path, ...]:
+    """Return the directories of the studies in a directory, which may be itself."""
+    path = Path(path)
+    if not (path / SEVERAL).is_file():
+        return (path,)
+    remedy = "restore the file from a copy, or name the directory of one of the studies"
+    names = read_object(path / SEVERAL, {"studies": dict}, remedy=remedy)["studies"]
+    # A study that has not begun has nothing to report.
+    return tuple(path / str(name) for name in names.values() if is_of_study(path / str(name)))
 
 
 def write_study_report(directory: str | Path, findings: Findings | None = None) -> Path:
     """Write the report of a study to its directory, and return the path of the page.
+
+    Without the `plot` extra there is no page, which the log says: the path is then that of report.md.
 
     Args:
       directory: of the study, complete or not; or one with report.json alone, from which the other files are
@@ -26,23 +54,36 @@ def write_study_report(directory: str | Path, findings: Findings | None = None) 
       findings: the results; None for those in findings.json.
 
     Raises:
-      ValueError: the directory is not one of a study, or the `plot` extra is not installed.
+      ValueError: the directory is not one of a study, or a file cannot be written.
       DamagedFile: a file of the study is damaged.
     """
     directory = Path(directory)
-    return write_report_files(study_report(directory, findings), directory)
+    report = study_report(directory, findings)
+    try:
+        converter()
+    except ValueError as error:
+        # A study that took hours must not end in an error because of its page.
+        log.warning("no %s: %s", PAGE, error)
+        write_texts(report, directory)
+        return directory / MARKDOWN
+    return write_report_files(report, directory)
 
 
 def study_report(directory: str | Path, findings: Findings | None = None) -> StudyReport:
     """Return the report of a study's directory, as `write_study_report` does. Nothing is written."""
     directory = Path(directory)
-    if findings is None:
-        try:
-            findings = read_findings(directory)
-        except FileNotFoundError:
-            # A study that is shipped has neither runs nor findings of its own.
+    if findings is not None:
+        return gather(directory, findings)
+    try:
+        return gather(directory, read_findings(directory))
+    except FileNotFoundError as error:
+        # A study that is shipped has neither runs nor findings of its own.
+        if (directory / REPORT).is_file():
             return read_report(directory / REPORT)
-    return gather(directory, findings)
+        raise ValueError(
+            f"{directory} has no results of a study yet: `slmjax ablate {directory}` trains it and writes "
+            "findings.json"
+        ) from error
 
 
 def write_from_data(data: str | Path, directory: str | Path) -> Path:
@@ -65,9 +106,19 @@ def write_report_files(report: StudyReport, directory: str | Path) -> Path:
       ValueError: the `plot` extra is not installed; all files but the page are written.
     """
     directory = Path(directory)
+    write_texts(report, directory)
+    page = write_page(directory / PAGE, study_page(report))
+    # For a README, which cannot embed a page.
+    if any(item.difference is not None for item in report.comparisons):
+        write_text(directory / PICTURE, forest_picture(report, "svg").decode("utf-8"))
+    return page
+
+
+def write_texts(report: StudyReport, directory: Path) -> None:
+    """Write report.json, Markdown, LaTeX and CSV to a directory, which need no other package."""
     write_report_data(report, directory / REPORT)
     texts = {
-        "report.md": markdown(report),
+        MARKDOWN: markdown(report),
         "report.tex": latex(report),
         "report.csv": members_csv(report),
         "verdicts.csv": verdicts_csv(report),
@@ -75,4 +126,3 @@ def write_report_files(report: StudyReport, directory: str | Path) -> Path:
     # Names from elsewhere may hold what is not valid UTF-8.
     for name, text in texts.items():
         write_text(directory / name, text.encode("utf-8", "replace").decode("utf-8"))
-    return write_page(directory / PAGE, study_page(report))

@@ -8,6 +8,7 @@ What is not there is left out of the report: a run directory that was deleted, t
 
 import dataclasses
 import datetime
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from slmjax.studies.report.data import (
     SettingReport,
     StudyReport,
 )
+from slmjax.studies.statistics.power import smallest_resolved
 from slmjax.studies.statistics.samples import Interval, PairedDifference, Summary
 from slmjax.studies.study import DIVERGED, FAILED, FINISHED, MEMBERS, Member
 from slmjax.telemetry.report.comparison import shown_differences
@@ -65,6 +67,7 @@ def report_of(findings: Findings, members: Sequence[Member] = ()) -> StudyReport
             own=dict(findings.noise.own),
             noisy=findings.noise.noisy,
             equality_p=findings.noise.equality_p,
+            smallest_resolved=_smallest_resolved(findings),
         ),
         changes=findings.changes,
         notes=findings.notes,
@@ -189,8 +192,24 @@ def _comparison_report(findings: Findings, item: Comparison) -> ComparisonReport
         bootstrap_interval=judgement.bootstrap_interval,
         p_value=judgement.p_value,
         adjusted_p=judgement.adjusted_p,
-        equal_p=judgement.equal_p,
+        adjusted_equal_p=judgement.adjusted_equal_p,
         seeds_needed=judgement.seeds_needed,
+    )
+
+
+def _smallest_resolved(findings: Findings) -> float | None:
+    """Return the difference that a comparison of this study finds 4 times in 5."""
+    noise = findings.noise
+    seeds = max((len(item.judgement.seeds) for item in findings.comparisons if item.judgement), default=0)
+    if not noise.deviation or seeds < 2:
+        return None
+    return smallest_resolved(
+        math.sqrt(2) * noise.deviation,
+        seeds,
+        len(findings.comparisons),
+        max(noise.degrees_of_freedom, seeds - 1),
+        findings.level,
+        variance=findings.rules.variance,
     )
 
 

@@ -64,7 +64,7 @@ def verdicts_table(report: StudyReport) -> TextTable:
         "verdict",
         f"difference to {report.baseline}",
         f"{confidence_text(report)} interval",
-        "p (Holm)",
+        "adjusted p",
         "seeds",
     )
     return TextTable(title=f"Verdicts: {metric_words(report)}", head=head, rows=rows)
@@ -161,7 +161,7 @@ def statistics_table(report: StudyReport) -> TextTable:
                 bootstrap,
                 p_text(item.p_value),
                 p_text(item.adjusted_p),
-                p_text(item.equal_p),
+                p_text(item.adjusted_equal_p),
             )
         )
     head = (
@@ -171,7 +171,7 @@ def statistics_table(report: StudyReport) -> TextTable:
         "variance",
         "bootstrap interval",
         "p",
-        "p (Holm)",
+        "adjusted p",
         "p of equality",
     )
     return TextTable(title="Statistics of the comparisons", head=head, rows=tuple(rows))
