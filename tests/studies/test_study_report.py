@@ -383,5 +383,5 @@ def test_in_a_browser(
         coloured = np.ptp(chart, axis=-1) > 60
         assert np.flatnonzero(coloured.any(axis=0)).size > 0.05 * (right - left), index
         assert not holds(chart, others[0]), index
-        # Dots of seeds are translucent.
-        assert holds(chart, ours[0]) or index == 5, index
+        # Dots of seeds are translucent, and lines of curves are hardly wider than a pixel.
+        assert holds(chart, ours[0]) or index >= 5, index

@@ -8,7 +8,6 @@ What is not there is left out of the report: a run directory that was deleted, t
 
 import dataclasses
 import datetime
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,6 @@ from slmjax.studies.report.data import (
     SettingReport,
     StudyReport,
 )
-from slmjax.studies.statistics.power import smallest_resolved
 from slmjax.studies.statistics.samples import Interval, PairedDifference, Summary
 from slmjax.studies.study import DIVERGED, FAILED, FINISHED, MEMBERS, Member
 from slmjax.telemetry.report.comparison import shown_differences
@@ -67,7 +65,7 @@ def report_of(findings: Findings, members: Sequence[Member] = ()) -> StudyReport
             own=dict(findings.noise.own),
             noisy=findings.noise.noisy,
             equality_p=findings.noise.equality_p,
-            smallest_resolved=_smallest_resolved(findings),
+            smallest_resolved=findings.smallest_resolved,
         ),
         changes=findings.changes,
         notes=findings.notes,
@@ -194,22 +192,6 @@ def _comparison_report(findings: Findings, item: Comparison) -> ComparisonReport
         adjusted_p=judgement.adjusted_p,
         adjusted_equal_p=judgement.adjusted_equal_p,
         seeds_needed=judgement.seeds_needed,
-    )
-
-
-def _smallest_resolved(findings: Findings) -> float | None:
-    """Return the difference that a comparison of this study finds 4 times in 5."""
-    noise = findings.noise
-    seeds = max((len(item.judgement.seeds) for item in findings.comparisons if item.judgement), default=0)
-    if not noise.deviation or seeds < 2:
-        return None
-    return smallest_resolved(
-        math.sqrt(2) * noise.deviation,
-        seeds,
-        len(findings.comparisons),
-        max(noise.degrees_of_freedom, seeds - 1),
-        findings.level,
-        variance=findings.rules.variance,
     )
 
 
