@@ -25,12 +25,13 @@ from slmjax.studies.report import (
     write_report_files,
     write_study_report,
 )
-from slmjax.studies.report.charts import LONGEST_INTERVAL, forest_chart, tradeoffs
+from slmjax.studies.report.charts import tradeoffs
 from slmjax.studies.report.curves import POINTS, curve_charts
 from slmjax.studies.report.documents import latex, latex_text, markdown, members_csv
 from slmjax.studies.report.page import study_page
 from slmjax.studies.report.pareto import Choice, pareto_front
 from slmjax.studies.report.sentences import losers, short_summary, summary
+from slmjax.studies.report.verdict_charts import LONGEST_INTERVAL, forest_chart
 from slmjax.telemetry.report.charts import COLOURS, DARK_COLOURS
 from slmjax.telemetry.report.reading import read_run
 from tests.browser import holds, installed_browser, look_in_frame

@@ -13,7 +13,8 @@ Files in reading order:
 - sentences.py: findings in words and digits
 - tables.py: the tables, as text
 - pareto.py: Pareto fronts
-- charts.py: the charts as Vega-Lite, and pictures of the verdicts
+- verdict_charts.py: forest plot and paired differences as Vega-Lite; the picture of the verdicts
+- charts.py: the other charts
 - page.py: the page
 - documents.py: Markdown, LaTeX and CSV
 - entries.py: entries of a log of questions
@@ -22,7 +23,6 @@ Files in reading order:
 - files.py: all files of a report
 """
 
-from slmjax.studies.report.charts import forest_picture
 from slmjax.studies.report.data import StudyReport, read_report
 from slmjax.studies.report.entries import insert_entry, log_entry
 from slmjax.studies.report.files import (
@@ -34,6 +34,7 @@ from slmjax.studies.report.files import (
     write_study_report,
 )
 from slmjax.studies.report.gathering import gather, report_of
+from slmjax.studies.report.verdict_charts import forest_picture
 
 __all__ = [
     "StudyReport",

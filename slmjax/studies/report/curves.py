@@ -30,13 +30,13 @@ def curve_charts(
       statuses: how each of them ended.
       metric: of the verdicts, shown on held-out text if it was logged there; otherwise the loss is.
     """
-    evaluated = {key: run.on_the_way for key, run in runs.items()}
+    evaluations = {key: run.on_the_way for key, run in runs.items()}
     field = next(
-        (name for name in (metric, "loss") if any(_points(item, name) for item in evaluated.values())), None
+        (name for name in (metric, "loss") if any(_points(item, name) for item in evaluations.values())), None
     )
     charts = []
     if field is not None:
-        held_out = {key: _thinned(_points(records, field)) for key, records in evaluated.items()}
+        held_out = {key: _thinned(_points(records, field)) for key, records in evaluations.items()}
         title = f"Held-out {in_words(field)}"
         charts.append(_chart("held-out", title, "evaluations during training", held_out, statuses))
     longest = max((run.last_step for run in runs.values()), default=0)

@@ -71,7 +71,7 @@ class ComparisonReport:
     verdict: str  # in words: "better", "worse", "equal", "not resolved"
     seeds: tuple[int, ...] = ()  # paired
     imputed: tuple[int, ...] = ()  # of these: one arm diverged, and the worst value stands for it
-    differences: tuple[float, ...] = ()  # by seed of `seeds`, empty where they are not known
+    differences: tuple[tuple[int, float], ...] = ()  # each seed with its difference, as measured
     difference: float | None = None  # their mean
     error: float | None = None  # standard error of the mean
     degrees_of_freedom: float | None = None

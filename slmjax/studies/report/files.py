@@ -10,11 +10,11 @@ from pathlib import Path
 from slmjax.atomic_files import write_text
 from slmjax.stored_json import read_object
 from slmjax.studies.findings import Findings, read_findings
-from slmjax.studies.report.charts import forest_picture
 from slmjax.studies.report.data import REPORT, StudyReport, read_report, write_report_data
 from slmjax.studies.report.documents import latex, markdown, members_csv, verdicts_csv
 from slmjax.studies.report.gathering import gather
 from slmjax.studies.report.page import study_page
+from slmjax.studies.report.verdict_charts import forest_picture
 from slmjax.telemetry.report.charts import converter
 from slmjax.telemetry.report.page import write_page
 

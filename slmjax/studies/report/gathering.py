@@ -173,15 +173,14 @@ def _comparison_report(findings: Findings, item: Comparison) -> ComparisonReport
     if judgement is None:
         mean = statistics.fmean(by_seed.values()) if by_seed else None
         return ComparisonReport(
-            **about, seeds=tuple(by_seed), differences=tuple(by_seed.values()), difference=mean
+            **about, seeds=tuple(by_seed), differences=tuple(by_seed.items()), difference=mean
         )
-    # Imputed differences are those of worst values, and are not among the measured ones.
-    seeds = tuple(seed for seed in judgement.seeds if seed in by_seed)
     return ComparisonReport(
         **about,
         seeds=judgement.seeds,
         imputed=judgement.imputed,
-        differences=tuple(by_seed[seed] for seed in seeds) if len(seeds) == len(judgement.seeds) else (),
+        # Without imputed ones, which are of worst values.
+        differences=tuple(by_seed.items()),
         difference=judgement.difference,
         error=judgement.standard_error,
         degrees_of_freedom=judgement.degrees_of_freedom,

@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 
-from slmjax.studies.report.charts import curves_chart, forest_chart, pairs_chart, tradeoffs, tuned_rates
+from slmjax.studies.report.charts import curves_chart, tradeoffs, tuned_rates
 from slmjax.studies.report.data import StudyReport
 from slmjax.studies.report.sentences import losers, metric_words, progress_text, summary
 from slmjax.studies.report.tables import (
@@ -18,6 +18,7 @@ from slmjax.studies.report.tables import (
     tuning_table,
     verdicts_table,
 )
+from slmjax.studies.report.verdict_charts import forest_chart, pairs_chart
 from slmjax.studies.text_tables import TextTable, in_words
 from slmjax.telemetry.report.charts import Chart
 from slmjax.telemetry.report.page import chart_grid, document, folded, heading, table
