@@ -12,6 +12,7 @@ Files in reading order:
 - early.py: mistakes that are found before jax is imported
 - training.py: `slmjax train`
 - experiments.py: `slmjax experiments`
+- ablating.py: `slmjax ablate`
 - evaluating.py: `slmjax eval`
 - generating.py: `slmjax generate`
 - converting.py: `slmjax import` and `slmjax export`
@@ -29,6 +30,7 @@ from collections.abc import Callable, Sequence
 
 from slmjax import startup
 from slmjax.atomic_files import disk_problem
+from slmjax.cli.ablating import ablate_command
 from slmjax.cli.converting import export_command, import_command
 from slmjax.cli.early import check
 from slmjax.cli.evaluating import eval_command
@@ -50,6 +52,7 @@ Command = Callable[[Sequence[str]], int]
 
 COMMAND_GROUPS: dict[str, dict[str, Command]] = {
     "Train": {"train": train_command, "experiments": experiments_command, "data": data_command},
+    "Studies": {"ablate": ablate_command},
     "Evaluate and sample": {"eval": eval_command, "generate": generate_command},
     "Import, export and quantize": {
         "import": import_command,

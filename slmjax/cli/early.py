@@ -6,6 +6,7 @@ Only what is certainly wrong is refused here: names that no field has, and files
 is checked where it is used.
 """
 
+import ast
 import dataclasses
 import difflib
 import glob
@@ -62,6 +63,8 @@ def check(command: str, argv: Sequence[str]) -> None:
         return
     if command in _COMMANDS:
         _check_reading(command, argv)
+    if command == "ablate":
+        _check_study(argv)
     takes_experiment = command in ("train", "data", "formats")
     after_action = split_positional(argv)[1] if command in ("data", "formats") else argv
     name, options = split_experiment(after_action) if takes_experiment else (None, list(after_action))
@@ -90,6 +93,53 @@ def _check_reading(command: str, argv: Sequence[str]) -> None:
     _check_directory(argv[0], argv[0], kind)
     if command == "eval":
         _check_text(Path(argv[0]), argv)
+
+
+_STUDY = "a Python file with `def study() -> Study`, or the directory of a study that was begun"
+
+
+def _check_study(argv: Sequence[str]) -> None:
+    """Raise ValueError for a command line of `slmjax ablate` that names no study."""
+    if not argv:
+        raise ValueError(f"slmjax ablate needs STUDY.py or STUDY_DIR: {_STUDY}")
+    # Only where it stands first: elsewhere it may be the value of an option.
+    if argv[0].startswith("-"):
+        return
+    path = Path(argv[0])
+    if path.is_dir():
+        if any((path / name).is_file() for name in ("plan.json", "studies.json")):
+            return
+        what = "a run directory" if (path / "config.json").is_file() else "not the directory of a study"
+        raise ValueError(f"{path} is {what}: name {_STUDY}")
+    if path.suffix != ".py":
+        raise ValueError(f"{path} is no study: name {_STUDY}.{_near_entries(path)}")
+    if not path.is_file():
+        near = near_names(path.name, (other.name for other in path.parent.glob("*.py")))
+        raise ValueError(f"there is no Python file {path}.{near}")
+    names = _names_bound_in(path)
+    if names is not None and not {"study", "*"} & names:
+        is_experiment = "experiment" in names
+        instead = f". It is an experiment: slmjax train {path}" if is_experiment else ""
+        raise ValueError(
+            f"{path} needs a function `def study() -> Study` that returns the study, and has none{instead}"
+        )
+
+
+def _names_bound_in(path: Path) -> set[str] | None:
+    """Return the names that a Python file defines or imports at its top level; None if it is no Python."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return None  # reported where the file is run, with the line
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).split(".")[0])
+    return names
 
 
 def _check_text(model: Path, argv: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from slmjax.cli.options import parse, positional, print_json
@@ -11,14 +10,14 @@ from slmjax.cli.options import parse, positional, print_json
 def recovery_command(argv: Sequence[str]) -> int:
     """Report what quantization costs in a study, and what training recovers of it.
 
-    slmjax formats report STUDY_FILE [DIRECTORY]
+    slmjax formats report STUDY.py|STUDY_DIR
     """
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Arguments:
-        # Python file of a study that defines recoveries(directory)
-        study_file: Annotated[str, *positional("STUDY_FILE")]
-        # directory in which the study was trained (none: runs/ and the file's name)
+        # Python file whose study() has a recovery, or the directory in which it was run
+        study: Annotated[str, *positional("STUDY.py|STUDY_DIR")]
+        # directory in which the file was run (none: runs/studies/ and the file's name)
         directory: Annotated[str | None, *positional("[DIRECTORY]")] = None
         # also write recovery.html and its plots (needs the plot extra)
         page: bool = True
@@ -27,11 +26,11 @@ def recovery_command(argv: Sequence[str]) -> int:
 
     args = parse(Arguments, argv, command="formats report", description=recovery_command.__doc__)
     from slmjax.studies import print_recovery, recovery_json, write_recovery
+    from slmjax.studies.ablation import open_ablation
 
-    path = Path(args.study_file)
-    directory = Path(args.directory or Path("runs") / path.stem.replace("_", "-"))
-    reports = _reports(path, directory)
-    written = write_recovery(reports, directory, with_page=args.page)
+    ablation = open_ablation(args.study, directory=args.directory)
+    reports = _reports(ablation)
+    written = write_recovery(reports, ablation.directory, with_page=args.page)
     if args.json:
         print_json({"written": str(written), "reports": [recovery_json(report) for report in reports]})
         return 0
@@ -42,27 +41,24 @@ def recovery_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _reports(path: Path, directory: Path) -> list[Any]:
-    """Report on each recovery of a study file, after measuring finished members not measured before."""
+def _reports(ablation: Any) -> list[Any]:
+    """Report on each study that has a recovery, after measuring finished members not measured before."""
     from slmjax.studies import measure, read_members, report_recovery
-    from slmjax.training import recipes
 
-    find_recoveries: Any = getattr(recipes.run_file(path), "recoveries", None)
-    if not callable(find_recoveries):
+    studies = [study for study in ablation.studies if study.recovery is not None]
+    if not studies:
         raise ValueError(
-            f"{path} needs a function `def recoveries(directory: Path) -> tuple[Recovery, ...]` that names "
-            "the reference arm and the quantized arms; experiments/qat_study.py has one"
+            f"{ablation.file} has no study with a recovery: give one "
+            "recovery=Recovery(reference=ARM, rounded={ARM: ROUNDED_ARM}), as experiments/qat_study.py does"
         )
     reports = []
-    recoveries: Any = find_recoveries(directory)
-    for recovery in recoveries:
-        study_dir = directory / recovery.directory
-        members = read_members(recovery.study, study_dir)
+    for study in studies:
+        directory = ablation.directory_of(study)
+        members = read_members(study, directory)
         if not members:
             raise ValueError(
-                f"{study_dir} has no member of the study {recovery.study.name}: give the directory in which "
-                f"{path} was run"
+                f"{directory} has no member of the study {study.name}: run it first, with slmjax ablate "
+                f"{ablation.file} --directory {ablation.directory}"
             )
-        measurements = measure(recovery, members, study_dir)
-        reports.append(report_recovery(recovery, members, measurements))
+        reports.append(report_recovery(study, members, measure(study, members, directory)))
     return reports

@@ -1,6 +1,7 @@
 """Studies: arms that differ in one thing, several seeds each, paired differences and a verdict.
 
-    study = Study(name="...", arms=(Arm(...), Arm(...)), seeds=(0, 1, 2), baseline="...")
+    arms = (Arm(name="adam"), Arm(name="muon", changes={"optim.kind": Optimizer.MUON}))
+    study = Study(name="...", base=experiment, arms=arms, seeds=(0, 1, 2), baseline="adam")
     members = run_study(study, "studies/...")
     write_findings(analyze(study, members), "studies/...")
 
@@ -22,16 +23,19 @@ Files in reading order:
 - matching.py: arms made equal to the baseline, in parameters, FLOPs and others.
 - questions.py: what is asked of results, and their table; caveats.py: notes on what does not compare.
 - results_files.py: rows of files and directories; foreign_results.py: their columns as a question.
+- combinators.py: grids, pairs and ladders; study_directory.py: study files, and what is fixed beforehand.
 - findings.py: comparisons and verdicts; layout.py shows them; text_tables.py aligns their tables.
 - noise.py: the ledger of noise of all studies.
 - sweeps.py: each arm at its own best learning rate.
 - report/: the page of a study, its tables for texts, and the data that they show.
 - recovery.py: what quantization-aware training recovers; recovery_layout.py shows it.
+- ablation.py: a study file from its question to its findings.
 """
 
 from slmjax.quantization.ptq.round_to_nearest import Clip
 from slmjax.studies.arms import Arm, Derivation, Derived
 from slmjax.studies.claims import Lease
+from slmjax.studies.combinators import grid, ladder, pair
 from slmjax.studies.costs import ArmCost, TextSize, arm_cost, text_size
 from slmjax.studies.derived import RoundToNearest
 from slmjax.studies.design import Budget, Dimension, LearningRates, Match, Quantity
@@ -89,9 +93,17 @@ from slmjax.studies.study import (
     member_experiment,
     read_members,
 )
+from slmjax.studies.study_directory import Change, StudyDirectory, load_studies, load_study
 from slmjax.studies.sweeps import ChosenRate, RateSweep, at_rates, best_rates
 
 __all__ = [
+    "Change",
+    "StudyDirectory",
+    "grid",
+    "ladder",
+    "load_studies",
+    "load_study",
+    "pair",
     "Quantity",
     "CannotMatch",
     "Match",

@@ -1,6 +1,7 @@
 """The arms of a study: an experiment to train, or models derived from those of another arm without training.
 
-arm = Arm(name="full precision", experiment=continued)   # an Experiment, or a function of the seed
+arm = Arm(name="full precision", experiment=from_scratch)   # an Experiment, or a function of the seed
+later = Arm(name="QAT", after="full precision", experiment=continued)    # continued(seed, run)
 rules = (QuantRule(paths=".", weight=preset("q4_0")),)
 derived = Derived(name="rounded", source="full precision", derivation=RoundToNearest(rules=rules))
 """
@@ -29,13 +30,22 @@ class Arm:
     """An arm that is trained."""
 
     name: str  # shown in tables; its letters, digits and dots name the directory of its runs
-    # the same for all seeds, or a function of the seed (none: the base of the study)
-    experiment: Experiment | Callable[[int], Experiment] | None = None
+    # the same for all seeds, or a function of the seed (none: the base of the study); with `after`, of the
+    # seed and of the directory of the run that the arm builds on
+    experiment: Experiment | Callable[..., Experiment] | None = None
     # what differs from that experiment: values by field path, or a function of the experiment
     changes: Mapping[str, Any] | Callable[[Experiment], Experiment] = dataclasses.field(default_factory=dict)
+    # the arm whose run of the same seed it builds on, such as a model to continue or a teacher: an arm before
+    # it, or (study, arm) of one of the study's `earlier` studies
+    after: str | tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         directory_name(self.name)
+        if self.after is not None and not callable(self.experiment):
+            raise ValueError(
+                f"arm {self.name!r} is after {self.after!r}: give it a function of the seed and of that run, "
+                "experiment=lambda seed, run: ..."
+            )
 
     @property
     def directory(self) -> str:

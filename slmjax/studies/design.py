@@ -112,3 +112,20 @@ class LearningRates:
     def grid(self, own: float) -> tuple[float, ...]:
         """Return the rates of an arm whose own rate is `own`, in rising order."""
         return tuple(sorted(self.rates or (factor * own for factor in self.factors)))
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """The roles of arms in a report on what training recovers of the cost of quantization."""
+
+    reference: str  # the arm in full precision, trained for as long as the others
+    # for each arm that may recover something: one or more arms with the reference rounded to its format
+    rounded: Mapping[str, str | tuple[str, ...]]
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Each arm with each rounded arm that it is compared with."""
+        return tuple(
+            (arm, name)
+            for arm, names in self.rounded.items()
+            for name in ((names,) if isinstance(names, str) else names)
+        )

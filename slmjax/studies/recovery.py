@@ -1,8 +1,9 @@
 """The cost of quantization for each arm of a study, and the fraction of it that training recovers.
 
-    recovery = Recovery(study=study, reference="full precision", rounded={"QAT, q4_0": "rounded, q4_0"})
-    measurements = measure(recovery, members, directory)
-    report = report_recovery(recovery, members, measurements)
+    recovery = Recovery(reference="full precision", rounded={"QAT, q4_0": "rounded, q4_0"})
+    study = Study(recovery=recovery, ...)
+    measurements = measure(study, members, directory)
+    report = report_recovery(study, members, measurements)
     report.arms[2].recoveries[0].recovered.fraction  # R = 1 - (L_qat - L_full) / (L_rounded - L_full)
 
 L_full is the reference: full precision, trained for as many steps as the others, so that the effect of more
@@ -17,15 +18,17 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from slmjax.checkpoints.loading import load_model
-from slmjax.config import fingerprint, near_names
+from slmjax.config import fingerprint
 from slmjax.distill.teachers import load_teacher
 from slmjax.models.architecture import ModelConfig
 from slmjax.quantization.assignment import CACHE
 from slmjax.quantization.plan import assignment_lines
 from slmjax.quantization.rules import QuantPhase
 from slmjax.studies.derived import evaluate_member
+from slmjax.studies.design import Recovery
 from slmjax.studies.statistics.ratios import RecoveredFraction, recovered_fraction
 from slmjax.studies.statistics.samples import PairedDifference, Summary, holm, paired_difference, summarize
 from slmjax.studies.study import FINISHED, Member, Study, member_experiment
@@ -40,47 +43,6 @@ FEW_SEEDS = 3  # with fewer, a report has a note
 Metrics = dict[str, float]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recovery:
-    """The roles of the arms of a study."""
-
-    study: Study
-    reference: str  # the arm in full precision, trained for as long as the others
-    # for each arm that may recover something: one or more arms with the reference rounded to its format
-    rounded: Mapping[str, str | tuple[str, ...]]
-    # for arms whose learning rate was swept (`sweeps.best_rates`)
-    rates: Mapping[str, ChosenRate] = dataclasses.field(default_factory=dict)
-    directory: str = "."  # of the study, relative to that of the report
-
-    def __post_init__(self) -> None:
-        names = [arm.name for arm in self.study.arms]
-        # A wrong name would otherwise show only after hours of training.
-        for name in (self.reference, *self.rounded, *(rounded for _, rounded in self.pairs), *self.rates):
-            if name not in names:
-                raise ValueError(
-                    f"{name!r} is not an arm of the study.{near_names(name, names)} Arms are "
-                    f"{', '.join(names)}"
-                )
-        for arm, rounded in self.pairs:
-            # With two equal arms, R is constant or undefined.
-            if len({arm, rounded, self.reference}) < 3:
-                raise ValueError(
-                    f"the recovery of {arm!r} over {rounded!r} with {self.reference!r} needs three different "
-                    "arms"
-                )
-        for arm, chosen in self.rates.items():
-            check_chosen(self.study, arm, chosen)
-
-    @property
-    def pairs(self) -> tuple[tuple[str, str], ...]:
-        """Each arm with each rounded arm that it is compared with."""
-        return tuple(
-            (arm, name)
-            for arm, names in self.rounded.items()
-            for name in ((names,) if isinstance(names, str) else names)
-        )
-
-
 # Measuring --------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
@@ -92,11 +54,7 @@ class Measurement:
     metrics: Metrics
 
 
-def measure(
-    recovery: Recovery,
-    members: Sequence[Member],
-    directory: str | Path,
-) -> tuple[Measurement, ...]:
+def measure(study: Study, members: Sequence[Member], directory: str | Path) -> tuple[Measurement, ...]:
     """Compare each finished member with the reference of its seed, on all held-out text.
 
     Earlier measurements are read from the directory.
@@ -105,6 +63,7 @@ def measure(
       measurements with the metrics "kl": KL(reference, member) in nats per token; "agreement": how often both
       have the same most likely token; "bytes" and "bits_per_number": of all parameters as stored.
     """
+    recovery = _roles(study)
     path = Path(directory) / MEASUREMENTS
     before = {
         record["fingerprint"]: record["figures"]
@@ -122,23 +81,21 @@ def measure(
             key = fingerprint({"members": [member.fingerprint, reference.fingerprint], "places": run_dirs})
             # Evaluating a member takes minutes: earlier measurements of the same models are reused.
             if key not in before:
-                log.info(
-                    "%s: comparing %s, seed %d, with %s", recovery.study.name, arm, seed, recovery.reference
-                )
-                before[key] = _metrics(recovery, member, reference)
+                log.info("%s: comparing %s, seed %d, with %s", study.name, arm, seed, recovery.reference)
+                before[key] = _metrics(study, member, reference)
                 records.write("measurement", arm=arm, seed=seed, fingerprint=key, figures=before[key])
             measurements.append(Measurement(arm=arm, seed=seed, fingerprint=key, metrics=before[key]))
     return tuple(measurements)
 
 
-def _metrics(recovery: Recovery, member: Member, reference: Member) -> Metrics:
+def _metrics(study: Study, member: Member, reference: Member) -> Metrics:
     loaded = load_model(member.result["run_dir"])
     total, numbers = stored_size(loaded.config, loaded.quant_phases)
     # Divergence and agreement are those of the reference with itself, which other members replace below.
     metrics = {"bytes": float(total), "bits_per_number": 8 * total / numbers, "kl": 0.0, "agreement": 1.0}
     # The reference does not differ from itself: no evaluation is needed.
     if member.arm != reference.arm:
-        experiment = member_experiment(recovery.study, member.arm, member.seed)
+        experiment = member_experiment(study, member.arm, member.seed)
         evaluation = evaluate_member(
             # The reference acts as the teacher: its divergence is computed like that of distillation.
             loaded,
@@ -214,12 +171,25 @@ class RecoveryReport:
 
 
 def report_recovery(
-    recovery: Recovery, members: Sequence[Member], measurements: Sequence[Measurement] = ()
+    study: Study,
+    members: Sequence[Member],
+    measurements: Sequence[Measurement] = (),
+    *,
+    rates: Mapping[str, ChosenRate] = MappingProxyType({}),
 ) -> RecoveryReport:
-    """Report on a study, which need not be complete."""
-    study = recovery.study
+    """Report on a study, which need not be complete.
+
+    Args:
+      study: with the roles of its arms, `Study.recovery`.
+      members: as returned by `run_study` and `read_members`.
+      measurements: as returned by `measure`.
+      rates: of arms whose learning rate was swept (`sweeps.best_rates`).
+    """
+    recovery = _roles(study)
+    for name, chosen in rates.items():
+        check_chosen(study, name, chosen)
     # All fractions first: Holm's correction needs every p value.
-    fractions = [_fraction(recovery, members, *pair) for pair in recovery.pairs]
+    fractions = [_fraction(study, members, *pair) for pair in recovery.pairs]
     # All recoveries of a report are one family of tests.
     adjusted = holm([1.0 if fraction is None else fraction.gain.p_value for _, fraction in fractions])
     recoveries: dict[str, list[RecoveryOver]] = {}
@@ -233,7 +203,14 @@ def report_recovery(
         )
         recoveries.setdefault(arm, []).append(over)
     arms = tuple(
-        _arm(recovery, members, measurements, arm.name, tuple(recoveries.get(arm.name, ())))
+        _arm(
+            study,
+            members,
+            measurements,
+            arm.name,
+            tuple(recoveries.get(arm.name, ())),
+            rate=rates.get(arm.name),
+        )
         for arm in study.arms
     )
     return RecoveryReport(
@@ -244,17 +221,26 @@ def report_recovery(
         confidence=study.confidence,
         seeds=study.seeds,
         arms=arms,
-        notes=tuple(_notes(recovery, members, arms)),
+        notes=tuple(_notes(study, members, arms)),
     )
 
 
+def _roles(study: Study) -> Recovery:
+    """Return the roles of a study's arms. Raises ValueError if it has none."""
+    if study.recovery is None:
+        raise ValueError(
+            f"the study {study.name!r} has no recovery to report: give it "
+            "recovery=Recovery(reference=ARM, rounded={ARM: ROUNDED_ARM}), as experiments/qat_study.py does"
+        )
+    return study.recovery
+
+
 def _fraction(
-    recovery: Recovery, members: Sequence[Member], arm: str, rounded: str
+    study: Study, members: Sequence[Member], arm: str, rounded: str
 ) -> tuple[tuple[int, ...], RecoveredFraction | None]:
     """Return the seeds for which all three arms finished, and the recovered fraction."""
-    study = recovery.study
     # All three arms of a seed or none: its noise cancels only then.
-    trio = [_by_seed(study.metric, members, name) for name in (arm, recovery.reference, rounded)]
+    trio = [_by_seed(study.metric, members, name) for name in (arm, _roles(study).reference, rounded)]
     seeds = tuple(seed for seed in study.seeds if all(seed in by_seed for by_seed in trio))
     if len(seeds) < 2:
         return seeds, None
@@ -265,16 +251,18 @@ def _fraction(
 
 
 def _arm(
-    recovery: Recovery,
+    study: Study,
     members: Sequence[Member],
     measurements: Sequence[Measurement],
     arm: str,
     recoveries: tuple[RecoveryOver, ...],
+    *,
+    rate: ChosenRate | None,
 ) -> ArmRecovery:
-    study = recovery.study
-    metric, reference = (_by_seed(study.metric, members, name) for name in (arm, recovery.reference))
+    reference_arm = _roles(study).reference
+    metric, reference = (_by_seed(study.metric, members, name) for name in (arm, reference_arm))
     # The difference of the reference to itself is no result.
-    both = [] if arm == recovery.reference else [seed for seed in metric if seed in reference]
+    both = [] if arm == reference_arm else [seed for seed in metric if seed in reference]
     # Empty for derived arms, which were not trained.
     speeds = list(_by_seed("session_tokens_per_second", members, arm).values())
 
@@ -291,14 +279,14 @@ def _arm(
         arm=arm,
         seeds=tuple(seed for seed in study.seeds if seed in metric),
         metric=_summary(list(metric.values())),
-        distance=_difference(recovery, [metric[seed] for seed in both], [reference[seed] for seed in both]),
+        distance=_difference(study, [metric[seed] for seed in both], [reference[seed] for seed in both]),
         kl=measured("kl"),
         agreement=measured("agreement"),
         stored_bytes=measured("bytes"),
         bits_per_number=measured("bits_per_number"),
         tokens_per_second=_summary(speeds),
         unrounded=_summary([*_by_seed(f"unrounded_{study.metric}", members, arm).values()]),
-        rate=recovery.rates.get(arm),
+        rate=rate,
         recoveries=recoveries,
     )
 
@@ -311,12 +299,8 @@ def _by_seed(metric: str, members: Sequence[Member], arm: str) -> dict[int, floa
     }
 
 
-def _difference(
-    recovery: Recovery, values: Sequence[float], others: Sequence[float]
-) -> PairedDifference | None:
-    return (
-        paired_difference(values, others, confidence=recovery.study.confidence) if len(values) > 1 else None
-    )
+def _difference(study: Study, values: Sequence[float], others: Sequence[float]) -> PairedDifference | None:
+    return paired_difference(values, others, confidence=study.confidence) if len(values) > 1 else None
 
 
 def _summary(values: Sequence[float]) -> Summary | None:
@@ -330,8 +314,7 @@ def _verdict(fraction: RecoveredFraction | None) -> Recovered:
     return Recovered.ABOVE_ZERO if fraction.is_above_zero else Recovered.BELOW_ZERO
 
 
-def _notes(recovery: Recovery, members: Sequence[Member], arms: Sequence[ArmRecovery]) -> list[str]:
-    study = recovery.study
+def _notes(study: Study, members: Sequence[Member], arms: Sequence[ArmRecovery]) -> list[str]:
     notes = []
     for member in members:
         if member.status != FINISHED:
@@ -341,13 +324,13 @@ def _notes(recovery: Recovery, members: Sequence[Member], arms: Sequence[ArmReco
         if arm.rate is not None:
             notes += [f"{arm.arm}: {note}" for note in arm.rate.notes(study.metric)]
         for over in arm.recoveries:
-            notes += [f"{arm.arm}: {note}" for note in _notes_on(recovery, over)]
+            notes += [f"{arm.arm}: {note}" for note in _notes_on(study, over)]
     return notes
 
 
-def _notes_on(recovery: Recovery, over: RecoveryOver) -> Iterator[str]:
+def _notes_on(study: Study, over: RecoveryOver) -> Iterator[str]:
     """Yield the notes that weaken one recovery."""
-    study = recovery.study
+    recovery = _roles(study)
     if len(over.pairs) < FEW_SEEDS:
         yield f"only {len(over.pairs)} seeds have finished in all three arms: train {FEW_SEEDS} or more."
     if (recovered := over.recovered) is None:

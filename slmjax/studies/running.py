@@ -75,6 +75,7 @@ def run_study(
     worker: bool = False,
     wait: bool = False,
     lease: Lease = LEASE,
+    earlier: str | Path | None = None,
 ) -> tuple[Member, ...]:
     """Train the members that have not ended yet, and return all that have.
 
@@ -88,11 +89,13 @@ def run_study(
       on_change: handling of members whose experiment has changed.
       train: a replacement for `trainer.train`.
       console: where to show progress (none: standard output).
-      only: names of the arms to train (none: all); sources of derived ones are trained as well.
+      only: names of the arms to train (none: all); arms that these build on or are derived from are trained
+        as well.
       worker: whether this is one of many processes: it returns once other workers, who are seen to live,
         train all that is left. Otherwise it waits for them.
       wait: whether a worker waits, too.
       lease: of the claims of this process.
+      earlier: the directory that has those of the study's earlier studies (none: the one `directory` is in).
 
     Raises:
       ValueError: an experiment has changed (`read_members`), there is no such arm, the processes of this
@@ -108,7 +111,8 @@ def run_study(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     claims = Claims(directory, lease=lease, needs_links=worker)
-    queue = _Queue(study, directory, claims, only=only, on_change=on_change)
+    earlier = Path(earlier or directory.absolute().parent)
+    queue = _Queue(study, directory, claims, only=only, on_change=on_change, earlier=earlier)
     # Between trainings, too, a worker ends in order: its claims are released.
     with _stopping_in_order(worker) as signals, claims:
         while True:
@@ -150,6 +154,7 @@ class _Queue:
         *,
         only: Sequence[str] | None,
         on_change: OnChange,
+        earlier: Path,
     ) -> None:
         self.study = study
         self.claims = claims
@@ -157,8 +162,7 @@ class _Queue:
         for name in only or ():
             while name not in names:
                 names.add(name)
-                arm = study.arm(name)
-                name = arm.source if isinstance(arm, Derived) else name
+                name = _built_on(study.arm(name)) or name
         self.left = [(arm, seed) for seed in study.seeds for arm in study.arms if arm.name in names]
         # Outcomes before this process, from members.jsonl where an earlier version wrote no others.
         self._before = {
@@ -173,6 +177,7 @@ class _Queue:
             if (member := self._before.get((arm.name, seed))) is not None and member.status == FAILED
         }
         self.ended: dict[tuple[str, int], Member] = {}
+        self._earlier = earlier
         self._elsewhere: list[State] = []  # claimed by other processes, at the last look
         self._logged: set[tuple[str, int]] = set()
 
@@ -186,14 +191,20 @@ class _Queue:
                 self.left.remove((arm, seed))
             elif state.is_claimed:
                 self._elsewhere.append(state)
-            # A derived member waits for its source, which comes before it in the order.
-            elif isinstance(arm, Derived) and (arm.source, seed) not in self.ended:
+            # A member waits for what it is made from, which comes before it in the order.
+            elif (name := _built_on(arm)) is not None and (name, seed) not in self.ended:
                 continue
             elif (claim := self.claims.take(state)) is not None:
                 return arm, seed, claim
             else:  # another process was faster
                 self._elsewhere.append(state)
         return None
+
+    def source(self, arm: Arm | Derived, seed: int) -> Member | None:
+        """Return the member that a member is derived from or builds on; None if there is none."""
+        if (name := _built_on(arm)) is not None:
+            return self.ended[name, seed]
+        return _earlier_member(self.study, arm, seed, self._earlier) if isinstance(arm, Arm) else None
 
     def _outcome(self, arm: Arm | Derived, seed: int, state: State) -> Member | None:
         """Return the outcome of a member, unless it is to be trained (again)."""
@@ -225,6 +236,32 @@ class _Queue:
         time.sleep(min(self.claims.lease.heartbeat / 3, 5.0))
 
 
+def _built_on(arm: Arm | Derived) -> str | None:
+    """Return the arm of the same study that an arm is derived from or builds on."""
+    if isinstance(arm, Derived):
+        return arm.source
+    return arm.after if isinstance(arm.after, str) else None
+
+
+def _earlier_member(study: Study, arm: Arm, seed: int, directory: Path) -> Member | None:
+    """Return the member of an earlier study that a member builds on; None if it builds on none.
+
+    Raises:
+      ValueError: the earlier study has no such member.
+    """
+    if (key := study.source(arm.name, seed)) is None:
+        return None
+    earlier, name, earlier_seed = key
+    there = directory / earlier.directory
+    for member in read_members(dataclasses.replace(earlier, seeds=(earlier_seed,)), there):
+        if member.arm == name:
+            return member
+    raise ValueError(
+        f"{arm.name!r} builds on {name!r} of the study {earlier.name!r} with seed {earlier_seed}, which is "
+        f"not in {there}: run that study there first"
+    )
+
+
 def _key(arm: Arm | Derived, seed: int) -> str:
     return f"{arm.directory}/seed-{seed}"
 
@@ -247,13 +284,13 @@ def _run_member(
     """
     try:
         with owned_by(claim.require):
+            source = queue.source(arm, seed)
             if isinstance(arm, Derived):
-                source = queue.ended[arm.source, seed]
+                assert source is not None, arm
                 member = _derive_member(study, arm, seed, directory, source=source, fence=claim.fence)
             else:
-                member = _train_member(
-                    study, arm, seed, directory, train=train, console=console, fence=claim.fence
-                )
+                progress: dict[str, Any] = {"train": train, "console": console, "fence": claim.fence}
+                member = _train_member(study, arm, seed, directory, source=source, **progress)
         fields = dataclasses.asdict(member)
         # Written as soon as a member ends: a later crash cannot lose it.
         claim.record(fields)
@@ -283,13 +320,21 @@ def _train_member(
     seed: int,
     directory: Path,
     *,
+    source: Member | None,
     train: Train,
     console: Console | None,
     fence: int,
 ) -> Member:
-    """Start or resume the run of a member."""
+    """Start or resume the run of a member, from the run that it builds on if there is one."""
     # The fingerprint is that of the plan, without the directory of the study.
-    plan = member_experiment(study, arm.name, seed)
+    member_hash = member_fingerprint(study, arm.name, seed)
+    about: dict[str, Any] = {"arm": arm.name, "seed": seed, "fingerprint": member_hash}
+    # A failure, and so retried: its source may be trained by then.
+    if source is not None and source.status != FINISHED:
+        error = f"{source.arm} is {source.status} with seed {source.seed}, so there is no run to build on"
+        return Member(**about, status=FAILED, result={}, evaluation={}, error=error)
+    source_run = None if source is None else Path(source.result["run_dir"])
+    plan = member_experiment(study, arm.name, seed, run=source_run)
     run_parent = (directory / arm.directory / f"seed-{seed}").absolute()
     # Without trackers nothing shows the group, and runs of earlier versions can be resumed.
     group = plan.run.group or (study.name if plan.run.trackers else None)
@@ -299,7 +344,6 @@ def _train_member(
             run=dataclasses.replace(plan.run, directory=str(run_parent), group=group),
         )
     )
-    about: dict[str, Any] = {"arm": arm.name, "seed": seed, "fingerprint": fingerprint(plan)}
     log.info("study %s: arm %s, seed %d", study.name, arm.name, seed)
     try:
         # A run may have ended just before it was recorded: then only the record is missing.

@@ -4,6 +4,10 @@
     study = Study(name="width", arms=arms, seeds=(0, 1, 2), baseline="narrow")
     members = run_study(study, "studies/width")  # calling it again resumes an interrupted study
 
+An arm may build on a run of another arm (`Arm.after`), also of an earlier study: a teacher, a model that is
+continued. Its experiment then depends on that run's directory, which is unknown before; it counts as
+SOURCE_RUN until then, so that a study can be planned, and moved.
+
 A member is a run: an arm with a seed, which is used for the initial parameters, dropout and the order of the
 data. Or it is a model derived from such a run, for example by rounding (`arms.py`). So a pair of arms sees
 the same batches, and starts from the same parameters if the models are the same. Members are trained one
@@ -25,10 +29,10 @@ from typing import Any
 
 from slmjax.config import fingerprint, near_names
 from slmjax.stored_json import check_object
-from slmjax.studies.arms import Arm, Derived
+from slmjax.studies.arms import Arm, Derived, directory_name
 from slmjax.studies.changes import with_changes
 from slmjax.studies.claims import recorded_members
-from slmjax.studies.design import Budget, LearningRates, Match
+from slmjax.studies.design import Budget, LearningRates, Match, Recovery
 from slmjax.studies.statistics.results_table import Rules
 from slmjax.telemetry.run_directory import read_log, with_present_names
 from slmjax.training.experiment import Experiment
@@ -39,6 +43,7 @@ MEMBERS = "members.jsonl"
 FINISHED = "finished"
 DIVERGED = "diverged"
 FAILED = "failed"
+SOURCE_RUN = Path("SOURCE_RUN")  # stands for the run that an arm builds on where that is not known
 
 
 # Short names of metrics, and the fields that have them: a study compares whole runs, not their last sessions.
@@ -75,6 +80,11 @@ class Study:
     # numbers of seeds at which verdicts are drawn, so that seeds may be added (none: once, with all seeds)
     looks: tuple[int, ...] = ()
     confidence: float = 0.95  # of intervals; the probability of any false verdict is at most 1 - confidence
+    recovery: Recovery | None = None  # for a report on what training recovers of the cost of quantization
+    # studies that are run before, and whose runs arms build on; each has a directory in the same directory
+    earlier: "tuple[Study, ...]" = ()
+    ladder: str = ""  # name of the question that is asked at several sizes (`combinators.ladder`)
+    size: str = ""  # the size of this study on the ladder
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
@@ -100,6 +110,14 @@ class Study:
                     f"{arm.name!r} is derived from {arm.source!r}, which is not an arm before it.{near} "
                     f"Before it are {names[:i]}"
                 )
+        _check_sources(self)
+        if self.recovery is not None:
+            _check_recovery(self, self.recovery)
+
+    @property
+    def directory(self) -> str:
+        """Name of the study's directory in that of several studies."""
+        return directory_name(self.name)
 
     @property
     def rules(self) -> Rules:
@@ -112,24 +130,39 @@ class Study:
             looks=self.looks,
         )
 
-    def experiment(self, name: str, seed: int) -> Experiment:
+    def experiment(self, name: str, seed: int, *, run: Path | None = None) -> Experiment:
         """Return the experiment of an arm, before the study sets seeds and directory.
 
         For a derived arm, it is that of its source.
+
+        Args:
+          name: of the arm.
+          seed: of the member.
+          run: of an arm that builds on another's run: that run's directory (none: SOURCE_RUN).
         """
         arm = self.trained(name)
-        if isinstance(arm.experiment, Experiment):
-            experiment = arm.experiment
-        elif arm.experiment is not None:
-            experiment = arm.experiment(seed)
-        elif self.base is not None:
-            experiment = self.base
-        else:
+        if callable(arm.experiment):
+            source = () if arm.after is None else (run or SOURCE_RUN,)
+            experiment = arm.experiment(seed, *source)
+        elif (experiment := arm.experiment or self.base) is None:
             raise ValueError(f"arm {name!r} has no experiment: give the arm one, or the study a base")
         try:
             return arm.changes(experiment) if callable(arm.changes) else with_changes(experiment, arm.changes)
         except ValueError as error:
             raise ValueError(f"arm {arm.name!r}: {error}") from None
+
+    def source(self, name: str, seed: int) -> "tuple[Study, str, int] | None":
+        """Return the member that an arm's member builds on: study, arm and seed; None if it builds on none.
+
+        An earlier study with a single seed has one run for all seeds, such as a teacher.
+        """
+        arm = self.trained(name)
+        if arm.after is None:
+            return None
+        if isinstance(arm.after, str):
+            return self, arm.after, seed
+        earlier = next(study for study in self.earlier if study.name == arm.after[0])
+        return earlier, arm.after[1], earlier.seeds[0] if len(earlier.seeds) == 1 else seed
 
     def arm(self, name: str) -> Arm | Derived:
         """Return the arm of a name. Raises ValueError if there is none."""
@@ -146,6 +179,45 @@ class Study:
         arm = self.arm(name)
         # A derived arm may be derived from another derived one.
         return self.trained(arm.source) if isinstance(arm, Derived) else arm
+
+
+def _check_sources(study: Study) -> None:
+    """Raise ValueError for an arm that builds on no arm there is."""
+    names = [study.name for study in study.earlier]
+    if len({name.lower() for name in (*names, study.name)}) < len(names) + 1:
+        raise ValueError(f"studies {', '.join((*names, study.name))}: two have the same name: rename one")
+    before: list[str] = []
+    for arm in study.arms:
+        if isinstance(arm, Arm) and isinstance(arm.after, str) and arm.after not in before:
+            raise ValueError(
+                f"{arm.name!r} is after {arm.after!r}, which is not an arm before it."
+                f"{near_names(arm.after, before)} Before it are {before}; an arm of one of the study's "
+                "`earlier` studies is named after=(STUDY, ARM)"
+            )
+        if isinstance(arm, Arm) and isinstance(arm.after, tuple):
+            earlier = next((each for each in study.earlier if each.name == arm.after[0]), None)
+            if earlier is None:
+                near = near_names(arm.after[0], names)
+                raise ValueError(
+                    f"{arm.name!r} is after an arm of {arm.after[0]!r}, which is not among the study's "
+                    f"earlier studies.{near} They are {names}"
+                )
+            earlier.arm(arm.after[1])  # which checks the name
+        before.append(arm.name)
+
+
+def _check_recovery(study: Study, recovery: Recovery) -> None:
+    """Raise ValueError for roles of arms that do not exist, or that one arm has twice."""
+    # A wrong name would otherwise show only after hours of training.
+    for name in (recovery.reference, *recovery.rounded, *(rounded for _, rounded in recovery.pairs)):
+        study.arm(name)
+    for arm, rounded in recovery.pairs:
+        # With two equal arms, R is constant or undefined.
+        if len({arm, rounded, recovery.reference}) < 3:
+            raise ValueError(
+                f"the recovery of {arm!r} over {rounded!r} with {recovery.reference!r} needs three different "
+                "arms"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,26 +255,31 @@ class OnChange(enum.Enum):
     REDO = "redo"  # train them again; the old runs stay in the directory
 
 
-def member_experiment(study: Study, arm: str, seed: int) -> Experiment:
+def member_experiment(study: Study, arm: str, seed: int, *, run: Path | None = None) -> Experiment:
     """Return the experiment of an arm with a seed, for the initial parameters and the order of the data.
 
-    For a derived arm, it is that of its source.
+    For a derived arm, it is that of its source. `run` is the directory of the run that an arm builds on
+    (`Study.experiment`).
     """
-    experiment = study.experiment(arm, seed)
+    experiment = study.experiment(arm, seed, run=run)
     # The directory of the study is not part of the experiment, so that it can be moved.
-    run = dataclasses.replace(experiment.run, seed=seed, directory="runs")
+    settings = dataclasses.replace(experiment.run, seed=seed, directory="runs")
     # One seed for parameters and data: arms of a seed then see the same batches.
-    return dataclasses.replace(experiment, run=run, data=dataclasses.replace(experiment.data, seed=seed))
+    return dataclasses.replace(experiment, run=settings, data=dataclasses.replace(experiment.data, seed=seed))
 
 
 def member_fingerprint(study: Study, arm: str, seed: int) -> str:
-    """Return a hash of the experiment and, if derived, the derivation; members match by it."""
+    """Return a hash of the experiment and of what it builds on or is derived from; members match by it."""
     if isinstance(derived := study.arm(arm), Derived):
         # If the source is trained again with another experiment, the derived model is stale as well.
         source = member_fingerprint(study, derived.source, seed)
         # The keys are part of the hash: they stay as they were.
         return fingerprint({"source": source, "recipe": derived.derivation})
-    return fingerprint(member_experiment(study, arm, seed))
+    experiment = member_experiment(study, arm, seed)
+    if (member := study.source(arm, seed)) is None:
+        return fingerprint(experiment)
+    # The directory of the run that it builds on is no part of it, but that run's experiment is.
+    return fingerprint({"after": member_fingerprint(*member), "experiment": experiment})
 
 
 _MEMBER_FIELDS = {"arm": str, "seed": int, "fingerprint": str, "status": str, "result": dict}
@@ -256,6 +333,6 @@ def read_members(
         raise ValueError(
             f"{directory}: members of {', '.join(sorted({member.arm for member in stale}))} were trained "
             "with another experiment than the study has now. Undo the change, use another directory, or "
-            "train them again with on_change=OnChange.REDO"
+            "train them again with on_change=OnChange.REDO (--redo of `slmjax ablate`)"
         )
     return tuple(member for member in members if member not in stale)

@@ -118,15 +118,15 @@ def load_experiment(name: str) -> Experiment:
             f"{path} needs a function `def experiment() -> Experiment` that returns the experiment, and has "
             "none"
         )
-    with _errors_named(path):
+    with errors_named(path):
         experiment = build()
     if not isinstance(experiment, Experiment):
-        raise ValueError(f"experiment() of {path} returned {_described(experiment)}, not an Experiment")
+        raise ValueError(f"experiment() of {path} returned {described(experiment)}, not an Experiment")
     return experiment
 
 
-def _described(value: object) -> str:
-    """Describe what an experiment file returned."""
+def described(value: object) -> str:
+    """Describe what a function of a user's file returned, for an error."""
     if value is None:
         return "None (is a `return` missing?)"
     if isinstance(value, type):
@@ -156,7 +156,7 @@ def run_file(path: Path) -> ModuleType:
     # Listed among the imported modules, because dataclasses look up their annotations there.
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     _make_importable(path.resolve().parent)
-    with _errors_named(path):
+    with errors_named(path):
         spec.loader.exec_module(module)
     return module
 
@@ -190,13 +190,16 @@ def _modules_in(folder: Path) -> list[tuple[str, Path]]:
     return modules
 
 
-def copy_code(path: Path, run: Path) -> None:
-    """Copy an experiment file, and the modules that it imported from its folder, into a run directory."""
+def copy_code(path: Path, run: Path, *, name: str = "experiment.py") -> None:
+    """Copy an experiment file, and the modules that it imported from its folder, into a run directory.
+
+    The copy of the file has the name `name`.
+    """
     # On resuming, the file may be the copy itself, and a file cannot be copied onto itself.
     folder = path.resolve().parent
     if folder == run.resolve():
         return
-    shutil.copyfile(path, run / "experiment.py")
+    shutil.copyfile(path, run / name)
     for file in code_files(path)[1:]:
         copy = run / MODULES / file.relative_to(folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -211,7 +214,7 @@ def code_files(path: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
+def errors_named(path: Path) -> Iterator[None]:
     """Raise errors of a file's own code as one message with its line."""
     try:
         yield

@@ -12,10 +12,11 @@ import pytest
 
 from slmjax import config
 from slmjax.checkpoints.loading import load_model
-from slmjax.studies import member_experiment, read_members, recovered_fraction
+from slmjax.studies import member_experiment, recovered_fraction
+from slmjax.studies.ablation import Ablation, run_ablation
 from slmjax.studies.recovery import stored_size
 from slmjax.training import recipes
-from slmjax.training.experiment import Experiment, FromModel
+from slmjax.training.experiment import Experiment, FromModel, read_experiment
 from slmjax.training.programs import resolved_model, resolved_phases
 from tests.one_layer import one_layer
 
@@ -31,16 +32,17 @@ def test_members_differ_in_what_is_asked_alone(study: ModuleType) -> None:
     first = study.when()
     starts = {arm.name: arm.experiment.quant.start_step for arm in first.arms if arm.name.startswith("QAT")}
     assert starts == {"QAT after 0%": 0, "QAT after 50%": 150, "QAT after 90%": 270}
-    second = study.what({0: Path("/zero"), 1: Path("/one")}, (0, 1))
-    plain = member_experiment(second, "full precision", 1)
+    second = study.what((0, 1))
+    plain = member_experiment(second, "full precision", 1, run=Path("/one"))
     assert isinstance(plain.init, FromModel) and plain.init.path == "/one" and plain.quant is None
     assert (plain.run.seed, plain.data.seed, plain.run.steps) == (1, 1, study.FURTHER_STEPS)
     for arm in second.arms:
-        one = member_experiment(second, arm.name, 1)
+        one = member_experiment(second, arm.name, 1, run=Path("/one"))
         assert config.loads(Experiment, config.dumps(one)) == one
         for name in ("model", "init", "data", "tokenizer", "optim", "eval", "run"):
             assert getattr(one, name) == getattr(plain, name), (arm.name, name)
-    taught = member_experiment(second, "QAD, q4_0", 1)
+    assert second.source("rounded, q4_0", 1) == (second.earlier[0], "full precision", 1)
+    taught = member_experiment(second, "QAD, q4_0", 1, run=Path("/one"))
     assert taught.objective.distill is not None and taught.objective.distill.teachers[0].path == "/one"
     assert taught.quant == member_experiment(second, "QAT, q4_0", 1).quant
 
@@ -61,17 +63,12 @@ def test_fewer_bits_are_fewer_bytes(study: ModuleType) -> None:
     assert sizes[1][0] == rounded * 18 // 32 + 4 * (numbers - rounded)
 
 
-def test_a_report_without_a_model_to_go_on_with(study: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"has no finished run in full precision of seeds \[0, 1, 2\]"):
-        study.recoveries(tmp_path)
-
-
 @pytest.mark.nightly
 @pytest.mark.composes("distillation", "quantization", "studies")
 def test_the_study_from_end_to_end(
     study: ModuleType, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two formats, two seeds, every kind of arm, and a sweep over two learning rates."""
+    """Two formats, two seeds, and every kind of arm."""
     monkeypatch.setattr("slmjax.runner.trainer._write_page", lambda run: None)
     tiny = one_layer(workplace, tmp_path, steps=4, ema_decay=None)
     tiny = dataclasses.replace(tiny, eval=dataclasses.replace(tiny.eval, unrounded=True))
@@ -80,22 +77,24 @@ def test_the_study_from_end_to_end(
     changes = {
         "experiment": lambda: tiny,
         "FURTHER_STEPS": 2,
-        "RATES": (0.5, 1.0),
         "FRACTIONS": (0.0, 0.5),
         "FORMATS": formats,
         "FURTHER": further,
     }
     for name, value in changes.items():
         monkeypatch.setattr(study, name, value)
-    monkeypatch.setattr(
-        "sys.argv", ["qat_study.py", "--directory", str(tmp_path), "--sweep", "--seeds", "3", "4"]
-    )
-    study.main()
-    asked = {recovery.directory: recovery for recovery in study.recoveries(tmp_path, (3, 4))}
-    found = {name: read_members(recovery.study, tmp_path / name) for name, recovery in asked.items()}
-    assert not [one.error for members in found.values() for one in members if one.status != "finished"]
-    bits = {(one.arm, one.seed): one.result["bits_per_byte"] for one in found["what"]}
-    report = json.loads((tmp_path / "recovery.json").read_text())["reports"][0]
+    studies = (study.when((3, 4)), study.what((3, 4)))
+    ablation = Ablation(file=FILE, size="small", studies=studies, directory=tmp_path)
+    when, what = run_ablation(ablation)
+    assert not [one.error for one in (*when.members, *what.members) if one.status != "finished"]
+    # Each member continues the run in full precision of its seed.
+    for member in what.members:
+        if member.arm.startswith("QAT") and "then" not in member.arm:
+            init = read_experiment(Path(member.result["run_dir"])).init
+            assert isinstance(init, FromModel)
+            assert Path(init.path).parent == when.directory / "full-precision" / f"seed-{member.seed}"
+    bits = {(one.arm, one.seed): one.result["bits_per_byte"] for one in what.members}
+    report = json.loads((what.directory / "recovery.json").read_text())["reports"][0]
     arms = {one["arm"]: one for one in report["arms"]}
     own, full, rounded = (
         [bits[name, seed] for seed in (3, 4)]
@@ -115,16 +114,13 @@ def test_the_study_from_end_to_end(
         "rounded, 1.58 bits",
         "rounded with clip search, 1.58 bits",
     ]
-    rates = {name: one["rate"]["rate"] for name, one in arms.items() if one["rate"] is not None}
     assert arms["QAT, 1.58 bits"]["unrounded"] is not None and arms["rounded, 1.58 bits"]["unrounded"] is None
-    assert len(rates) == 6 and set(rates.values()) <= {tiny.optim.lr / 2, tiny.optim.lr}
-    assert member_experiment(asked["what"].study, "QAD, q4_0", 3).optim.lr == rates["QAD, q4_0"]
     assert arms["QAT, q4_0"]["stored_bytes"] == arms["rounded, q4_0"]["stored_bytes"]
     # Another grid's numbers do not survive q4_0, though both have 4 bits, groups of 32 and float16 scales;
     # q4_0's own do.
     models = {
         one.arm: load_model(one.result["run_dir"])
-        for one in found["what"]
+        for one in what.members
         if one.seed == 3 and "other grid" in one.arm
     }
     before, after = (

@@ -70,11 +70,8 @@ def asked(seeds: tuple[int, ...] = (0, 1, 2), *, bits: int = 4) -> Study:
         Derived(name="rounded", source="full", derivation=Rounded(bits=bits)),
         Arm(name="QAT", experiment=experiment(2e-3)),
     )
-    return Study(name="quantization", arms=arms, seeds=seeds, baseline="full")
-
-
-def recovery(study: Study | None = None) -> Recovery:
-    return Recovery(study=study or asked(), reference="full", rounded={"QAT": "rounded"})
+    roles = Recovery(reference="full", rounded={"QAT": "rounded"})
+    return Study(name="quantization", arms=arms, seeds=seeds, baseline="full", recovery=roles)
 
 
 def trainer(**outcomes: Any) -> StubTrainer:
@@ -152,7 +149,7 @@ def test_of_what_did_not_finish_nothing_is_made(tmp_path: Path, made: list) -> N
     (failed,) = [one for one in members if one.status == "failed"]
     assert (failed.arm, failed.seed, len(made)) == ("rounded", 1, 2)
     assert failed.error == "full is diverged with this seed, so there is nothing to derive it from"
-    report = report_recovery(recovery(), members)
+    report = report_recovery(asked(), members)
     assert report.arms[2].recoveries[0].pairs == (0, 2)
     assert "QAT: only 2 seeds have finished in all three arms: train 3 or more." in report.notes
     assert "full, seed 1: diverged, and left out." in report.notes
@@ -215,7 +212,7 @@ def measurements() -> list[Measurement]:
 
 
 def test_recovery_is_that_of_the_arms_of_each_seed() -> None:
-    report = report_recovery(recovery(), members(), measurements())
+    report = report_recovery(asked(), members(), measurements())
     full, rounded, qat = report.arms
     expected = recovered_fraction(QAT, full=FULL, rounded=list(np.add(FULL, COST)))
     (over,) = qat.recoveries
@@ -239,7 +236,7 @@ def test_recovery_is_that_of_the_arms_of_each_seed() -> None:
 
 
 def test_the_report_for_people_and_programs(tmp_path: Path) -> None:
-    report = report_recovery(recovery(), members(), measurements())
+    report = report_recovery(asked(), members(), measurements())
     text = recovery_markdown(report)
     found = report.arms[2].recoveries[0].recovered
     assert (
@@ -276,7 +273,7 @@ def test_the_report_for_people_and_programs(tmp_path: Path) -> None:
 
 
 def test_the_chart_shows_quality_against_bytes() -> None:
-    chart = quality_chart(report_recovery(recovery(), members(), measurements()))
+    chart = quality_chart(report_recovery(asked(), members(), measurements()))
     assert chart is not None
     rows = chart.spec["data"]["values"]
     assert [(row["label"], row["series"], row["x"]) for row in rows] == [
@@ -288,16 +285,15 @@ def test_the_chart_shows_quality_against_bytes() -> None:
     assert [row["high"] - row["y"] for row in rows[:2]] == pytest.approx(
         [0.0, np.std(COST, ddof=1) / np.sqrt(3)]
     )
-    assert quality_chart(report_recovery(recovery(), members())) is None  # nothing was measured
+    assert quality_chart(report_recovery(asked(), members())) is None  # nothing was measured
 
 
 def test_what_weakens_a_report_is_noted() -> None:
     two = [one for one in members() if one.seed < 2]
     assert any(
-        "only 2 seeds have finished in all three arms" in note
-        for note in report_recovery(recovery(), two).notes
+        "only 2 seeds have finished in all three arms" in note for note in report_recovery(asked(), two).notes
     )
-    one = report_recovery(recovery(), [each for each in two if each.seed == 0])
+    one = report_recovery(asked(), [each for each in two if each.seed == 0])
     assert (
         one.arms[2].recoveries[0].recovered is None
         and one.arms[2].recoveries[0].verdict is Recovered.NOT_RESOLVED
@@ -311,14 +307,14 @@ def test_what_weakens_a_report_is_noted() -> None:
             for each in members()
         ]
 
-    (note,) = report_recovery(recovery(), with_bits(by_arm)).notes
+    (note,) = report_recovery(asked(), with_bits(by_arm)).notes
     assert note == "QAT: rounded is no worse than full, so there is nothing to recover."
-    (note,) = report_recovery(recovery(), with_bits({**by_arm, "rounded": [1.410, 1.433, 1.395]})).notes
+    (note,) = report_recovery(asked(), with_bits({**by_arm, "rounded": [1.410, 1.433, 1.395]})).notes
     assert note.startswith(
         "QAT: the cost of rounded does not differ from zero significantly with these seeds"
     )
     (note,) = report_recovery(
-        recovery(), with_bits({**by_arm, "rounded": np.add(FULL, 0.1), "QAT": np.add(FULL, 0.05)})
+        asked(), with_bits({**by_arm, "rounded": np.add(FULL, 0.1), "QAT": np.add(FULL, 0.05)})
     ).notes
     assert "the noise is unknown" in note
 
@@ -331,14 +327,13 @@ def test_several_recoveries_are_one_family() -> None:
         seeds=(0, 1, 2),
         baseline="full",
         arms=(*asked().arms[:2], *(Arm(name=name, experiment=experiment()) for name in names)),
+        recovery=Recovery(reference="full", rounded=dict.fromkeys(names, "rounded")),
     )
     found = [
         *members(),
         *(dataclasses.replace(one, arm=name) for one in members() if one.arm == "QAT" for name in names),
     ]
-    report = report_recovery(
-        Recovery(study=study, reference="full", rounded=dict.fromkeys(names, "rounded")), found
-    )
+    report = report_recovery(study, found)
     alone = recovered_fraction(QAT, full=FULL, rounded=list(np.add(FULL, COST))).gain.p_value
     found = [over for one in report.arms[2:] for over in one.recoveries]
     assert all(
@@ -353,7 +348,8 @@ def test_an_arm_is_measured_against_each_way_of_rounding() -> None:
     """
     study = asked()
     searched = Derived(name="searched", source="full", derivation=Rounded(bits=4))
-    study = dataclasses.replace(study, arms=(*study.arms, searched))
+    roles = Recovery(reference="full", rounded={"QAT": ("rounded", "searched")})
+    study = dataclasses.replace(study, arms=(*study.arms, searched), recovery=roles)
     lower = np.add(FULL, np.multiply(0.7, COST))
     found = [*members()]
     for one in members():
@@ -367,9 +363,7 @@ def test_an_arm_is_measured_against_each_way_of_rounding() -> None:
         else one
         for one in found
     ]
-    report = report_recovery(
-        Recovery(study=study, reference="full", rounded={"QAT": ("rounded", "searched")}), found
-    )
+    report = report_recovery(study, found)
     plain, best = report.arms[2].recoveries
     expected = recovered_fraction(QAT, full=FULL, rounded=list(lower))
     assert (plain.rounded, best.rounded) == ("rounded", "searched") and best.recovered == expected
@@ -407,9 +401,7 @@ def test_each_arm_is_trained_at_its_own_best_rate(tmp_path: Path) -> None:
     study = dataclasses.replace(asked(), arms=swept)
     optim = member_experiment(study, "QAT", 1).optim
     assert optim.lr == 2e-3 and optim.muon_lr == pytest.approx(2 * experiment().optim.muon_lr)
-    report = report_recovery(
-        Recovery(study=study, reference="full", rounded={"QAT": "rounded"}, rates=chosen), members()
-    )
+    report = report_recovery(study, members(), rates=chosen)
     tried = "0.0005 (1.5000), 0.001 (did not finish), 0.002 (1.4500)"
     assert report.notes[1:] == (
         f"QAT: learning rate 0.002, the best bits_per_byte with seed 9 of {tried}.",
@@ -424,29 +416,26 @@ def test_each_arm_is_trained_at_its_own_best_rate(tmp_path: Path) -> None:
         ValueError,
         match="'full' is trained at optim.lr=0.001, but 0.002 was chosen for it: give the study at_rates",
     ):
-        Recovery(study=study, reference="full", rounded={}, rates={"full": chosen["QAT"]})
+        report_recovery(study, members(), rates={"full": chosen["QAT"]})
     with pytest.raises(
         ValueError,
         match="seed 1 chose the learning rate of 'QAT' and is one of the study's: sweep with another seed",
     ):
-        Recovery(
-            study=study,
-            reference="full",
-            rounded={},
-            rates={"QAT": dataclasses.replace(chosen["QAT"], seed=1)},
-        )
+        report_recovery(study, members(), rates={"QAT": dataclasses.replace(chosen["QAT"], seed=1)})
     with pytest.raises(ValueError, match="QAT: no run finished at any of the rates 0.002, 0.0005, 0.001"):
         best_rates(sweep, [one for one in ran if "full" in one.arm])
 
 
 def test_parts_must_be_arms() -> None:
+    roles = asked().recovery
+    assert roles is not None
     for changes, message in (
         ({"reference": "ful"}, "'ful' is not an arm of the study. Did you mean 'full'"),
         ({"rounded": {"QAT": "round"}}, "'round' is not an arm"),
         ({"rounded": {"QAT": "full"}}, "needs three different arms"),
     ):
         with pytest.raises(ValueError, match=message):
-            dataclasses.replace(recovery(), **changes)
+            dataclasses.replace(asked(), recovery=dataclasses.replace(roles, **changes))
 
 
 def test_derivations_are_distinguished_by_their_fields() -> None:
@@ -460,7 +449,7 @@ class Copied(Derivation):
         shutil.copytree(model, out)
 
 
-def toy(workplace: Path) -> Recovery:
+def toy(workplace: Path) -> Study:
     """One seed, two trainings of two steps, and a copy of the first."""
     fast, slow = (one_layer(workplace, workplace, steps=2, lr=lr) for lr in (1e-2, 1e-3))
     arms = (
@@ -468,15 +457,29 @@ def toy(workplace: Path) -> Recovery:
         Derived(name="copied", source="full", derivation=Copied()),
         Arm(name="slow", experiment=slow),
     )
-    study = Study(name="toy", arms=arms, seeds=(3,), baseline="full")
-    return Recovery(study=study, reference="full", rounded={"slow": "copied"}, directory="within")
+    roles = Recovery(reference="full", rounded={"slow": "copied"})
+    return Study(name="toy", arms=arms, seeds=(3,), baseline="full", recovery=roles)
+
+
+def toy_file(workplace: Path, directory: Path) -> str:
+    file = directory / "toy_study.py"
+    file.write_text(
+        "from tests.studies.test_recovery import Path, toy\n\n\ndef study():\n    return "
+        f"toy(Path({str(workplace)!r}))\n"
+    )
+    return str(file)
 
 
 def test_a_study_from_training_to_its_page(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("slmjax.runner.trainer._write_page", lambda run: None)  # takes as long as the steps
-    full, copied, slow = run_study(toy(workplace).study, tmp_path / "within")
+    file = toy_file(workplace, tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["ablate", file, "--directory", str(tmp_path), "--json"])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 0, err
+    full, copied, slow = read_members(toy(workplace), tmp_path)
     # A copy is evaluated as the run itself was: on the same text, in the same windows.
     for name in ("bits_per_byte", "loss", "calibration_error", "tokens", "parameters"):
         assert copied.metric_value(name) == pytest.approx(full.metric_value(name), rel=1e-5)
@@ -485,17 +488,9 @@ def test_a_study_from_training_to_its_page(
         copied.metric_value("session_tokens_per_second") is None
         and copied.evaluation["documents"] == full.evaluation["documents"]
     )
-    capsys.readouterr()
-    file = tmp_path / "toy_study.py"
-    file.write_text(
-        "from tests.studies.test_recovery import Path, toy\n\n\ndef recoveries(directory):\n    return "
-        f"(toy(Path({str(workplace)!r})),)\n"
-    )
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["formats", "report", str(file), str(tmp_path), "--json", "--no-page"])
-    out, err = capsys.readouterr()
-    assert ended.value.code == 0, err
-    arms = {one["arm"]: one for one in json.loads(out)["reports"][0]["arms"]}
+    (outcome,) = json.loads(out)["studies"]
+    assert outcome["failed"] == [] and outcome["findings"]["study"] == "toy"
+    arms = {one["arm"]: one for one in outcome["recovery"]["arms"]}
     assert (
         arms["copied"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
         and arms["copied"]["agreement"]["mean"] == 1
@@ -507,9 +502,9 @@ def test_a_study_from_training_to_its_page(
         and arms["full"]["kl"]["mean"] == 0
     )
     assert (tmp_path / "recovery.md").is_file() and "comparing slow, seed 3, with full" in err
-    # What was measured is not measured again.
+    # What was trained and measured is not trained and measured again.
     with pytest.raises(SystemExit):
-        cli.main(["formats", "report", str(file), str(tmp_path), "--no-page"])
+        cli.main(["formats", "report", file, str(tmp_path), "--no-page"])
     out, err = capsys.readouterr()
     assert "comparing" not in err and "not resolved" in out and "have finished in all three arms" in out
 
@@ -517,16 +512,12 @@ def test_a_study_from_training_to_its_page(
 def test_a_report_that_cannot_be_made(
     tmp_path: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "toy_study.py"
+    file = toy_file(workplace, tmp_path)
     none = tmp_path / "none.py"
-    file.write_text(
-        "from tests.studies.test_recovery import Path, toy\n\n\ndef recoveries(directory):\n    return "
-        f"(toy(Path({str(workplace)!r})),)\n"
-    )
-    none.write_text("")
+    none.write_text("def study():\n    from tests.studies.stub import study\n\n    return study()\n")
     for argv, message in (
-        (("report", str(none)), "needs a function `def recoveries(directory: Path)"),
-        (("report", str(file), str(tmp_path / "nowhere")), "has no member of the study toy"),
+        (("report", str(none)), "has no study with a recovery"),
+        (("report", file, str(tmp_path / "nowhere")), "has no member of the study toy"),
         (("reprot",), "use `slmjax formats table` or `slmjax formats report`"),
     ):
         with pytest.raises(SystemExit) as ended:

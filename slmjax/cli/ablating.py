@@ -1,0 +1,205 @@
+"""`slmjax ablate`."""
+
+import dataclasses
+import enum
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from slmjax.cli.options import asks_for_help, parse, positional, print_json, print_stderr
+from slmjax.stop_signals import INTERRUPTED_STATUS, Stopped, StopSignals
+
+# What people set first.
+FIRST_OPTIONS = ("plan", "budget", "seeds", "only", "directory")
+
+
+class Size(enum.Enum):
+    """Sizes of a study."""
+
+    SMALL = "small"  # hours on a CPU
+    LARGE = "large"  # on an accelerator
+
+
+def ablate_command(argv: Sequence[str]) -> int:
+    """Run a study: train its arms with several seeds, and compare them.
+
+    slmjax ablate STUDY.py [--plan] [--budget large] [--seeds 5]
+    slmjax ablate STUDY_DIR
+
+    STUDY.py has `def study() -> Study`. Started again, with the file or with the directory of results, the
+    study resumes where it was stopped.
+    """
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        # Python file that defines study(), or the directory of a study that was begun
+        study: Annotated[str, *positional("STUDY.py|STUDY_DIR")]
+        # train nothing: print every run with its cost, and the differences that the study can resolve
+        plan: bool = False
+        # size of the study, passed to `def study(size)` (none: small)
+        budget: Size | None = None
+        # number of seeds (none: those of the file); further ones are added to those of the file
+        seeds: int | None = None
+        # be one of several processes that train the members of this study, on any hosts
+        worker: bool = False
+        # names of the arms to train now (none: all)
+        only: tuple[str, ...] = ()
+        # directory of results (none: runs/studies/ and the file's name)
+        directory: str | None = None
+        # train members again whose arm has changed since; the old runs stay
+        redo: bool = False
+        # show the progress of each run, not only its result
+        verbose: bool = False
+        # print one JSON object, and progress to standard error
+        json: bool = False
+
+    args = parse(Arguments, argv, command="ablate", description=ablate_command.__doc__, first=FIRST_OPTIONS)
+    assert not asks_for_help(argv)
+    with StopSignals() as signals:
+        # A job that is preempted is worth another try.
+        signals.sigterm_status = INTERRUPTED_STATUS
+        return _ablate(args, signals)
+
+
+def _ablate(args: Any, signals: StopSignals) -> int:
+    from slmjax.studies.ablation import open_ablation
+
+    ablation = open_ablation(
+        args.study,
+        directory=args.directory,
+        size=None if args.budget is None else args.budget.value,
+        num_seeds=args.seeds,
+    )
+    if args.plan:
+        return _plan(args, ablation)
+    command = f"slmjax ablate {ablation.directory}{' --worker' if args.worker else ''}"
+    signals.note = f"resume with: {command}"
+    outcomes: list[Any] = []
+    try:
+        _run(args, ablation, outcomes)
+    except (RuntimeError, Stopped) as stopped:
+        from slmjax.studies.running import Interrupted
+
+        # All that ended is recorded, so that any point is one to go on from.
+        if not isinstance(stopped, Interrupted | Stopped):
+            raise
+        print_stderr(
+            f"{stopped}\nresume with: {command}" if isinstance(stopped, Interrupted) else str(stopped)
+        )
+        if args.json:
+            print_json(_summary(ablation, outcomes, status="interrupted", command=command))
+        return INTERRUPTED_STATUS
+    failed = sum(len(outcome.failed) for outcome in outcomes)
+    status = "failed" if failed else "finished"
+    if args.json:
+        print_json(_summary(ablation, outcomes, status=status, command=command))
+    if failed:
+        print_stderr(f"{failed} members failed: their errors are above. To try them again: {command}")
+    return 1 if failed else 0
+
+
+def _run(args: Any, ablation: Any, outcomes: list[Any]) -> None:
+    """Run the studies, show the findings of each, and append its outcome."""
+    import functools
+
+    from rich.console import Console
+
+    from slmjax.studies.ablation import run_ablation
+    from slmjax.studies.running import run_study
+
+    console = Console(stderr=args.json, highlight=False)
+    run = functools.partial(run_study, train=_announced(console, is_verbose=args.verbose), console=console)
+    for outcome in run_ablation(ablation, redo=args.redo, only=args.only, run=run):
+        outcomes.append(outcome)
+        for member in outcome.failed:
+            print_stderr(f"{member.arm}, seed {member.seed} failed: {member.error}")
+        if not args.json:
+            _print(outcome)
+
+
+def _print(outcome: Any) -> None:
+    from slmjax.studies.layout import print_findings
+    from slmjax.studies.recovery_layout import print_recovery
+
+    # A study of one arm has nothing to compare; others build on it.
+    if len(outcome.study.arms) > 1:
+        print()
+        print_findings(outcome.findings)
+    if outcome.recovery is not None:
+        print()
+        print_recovery(outcome.recovery)
+
+
+def _announced(console: Any, *, is_verbose: bool) -> Any:
+    """Return a training that prints a line before each member, and its result after it."""
+    import io
+
+    from rich.console import Console
+
+    from slmjax.runner import trainer
+    from slmjax.telemetry.progress import format_seconds
+
+    def train(experiment: Any, *, resume: Path | None = None, console: Any = console) -> Any:
+        run_parent = Path(experiment.run.directory)
+        console.print(
+            f"{run_parent.parent.name}, {run_parent.name}{'' if resume is None else ' (resumed)'}",
+            markup=False,
+        )
+        begin = time.monotonic()
+        shown = console if is_verbose else Console(file=io.StringIO())
+        result = trainer.train(experiment, resume=resume, console=shown)
+        console.print(
+            f"  {result.status}, {result.bits_per_byte:.4f} bits per byte, "
+            f"{format_seconds(time.monotonic() - begin)}",
+            markup=False,
+        )
+        return result
+
+    return train
+
+
+def _plan(args: Any, ablation: Any) -> int:
+    """Print what the studies would train."""
+    from slmjax.studies.study import member_experiment
+
+    plans = {}
+    for study in ablation.studies:
+        arms = {}
+        for arm in study.arms:
+            experiment = member_experiment(study, arm.name, study.seeds[0])
+            arms[arm.name] = {"seeds": study.seeds, "steps": experiment.run.steps}
+        plans[study.name] = arms
+    if args.json:
+        print_json({"directory": str(ablation.directory), "studies": plans})
+        return 0
+    for name, arms in plans.items():
+        print(f"{name}:")
+        for arm, about in arms.items():
+            print(f"  {arm}: {about['steps']} steps, seeds {', '.join(map(str, about['seeds']))}")
+    return 0
+
+
+def _summary(ablation: Any, outcomes: Sequence[Any], *, status: str, command: str) -> dict[str, Any]:
+    """Return what `--json` prints."""
+    from slmjax.studies.layout import findings_json
+    from slmjax.studies.recovery_layout import recovery_json
+
+    return {
+        "status": status,
+        "directory": str(ablation.directory),
+        "command": command,
+        "studies": [
+            {
+                "study": outcome.study.name,
+                "directory": str(outcome.directory),
+                "findings": findings_json(outcome.findings),
+                "recovery": None if outcome.recovery is None else recovery_json(outcome.recovery),
+                "failed": [
+                    {"arm": member.arm, "seed": member.seed, "error": member.error}
+                    for member in outcome.failed
+                ],
+            }
+            for outcome in outcomes
+        ],
+    }

@@ -1,0 +1,204 @@
+"""A study file from its question to its findings: every stage in order, resumable.
+
+    ablation = open_ablation("experiments/deep_or_wide.py")    # or the directory of one that was interrupted
+    for outcome in run_ablation(ablation):
+        outcome.findings.comparisons[0].verdict
+
+The stages: arms are made equal where the study says so; the study is fixed (`study_directory.py`); arms are
+tuned; members are trained or derived; findings are written. Each is a function of its own that can be called
+without the others.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from slmjax.config import near_names
+from slmjax.stored_json import read_object
+from slmjax.studies.findings import Findings, analyze, write_findings
+from slmjax.studies.recovery import RecoveryReport, measure, report_recovery
+from slmjax.studies.recovery_layout import write_recovery
+from slmjax.studies.running import run_study
+from slmjax.studies.study import FAILED, Member, OnChange, Study
+from slmjax.studies.study_directory import (
+    PLAN,
+    STUDY_FILE,
+    StudyDirectory,
+    copy_study,
+    load_studies,
+    with_num_seeds,
+)
+from slmjax.telemetry.run_directory import write_json
+
+log = logging.getLogger(__name__)
+
+DIRECTORY = Path("runs") / "studies"
+SEVERAL = "studies.json"  # in the directory of a file with several studies
+
+RunStudy = Callable[..., tuple[Member, ...]]  # as `run_study`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """A study file, or the copy of one in its directory, and where its results are."""
+
+    file: Path
+    size: str  # that the file was asked for
+    studies: tuple[Study, ...]  # in the order in which they run
+    directory: Path
+
+    def directory_of(self, study: Study) -> Path:
+        """Return the directory of one study: of its own if the file has several."""
+        return self.directory / study.directory if len(self.studies) > 1 else self.directory
+
+    @property
+    def arm_names(self) -> tuple[str, ...]:
+        """Names of the arms of all studies, each once."""
+        return tuple(dict.fromkeys(arm.name for study in self.studies for arm in study.arms))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One study after its members have ended, or as many as could."""
+
+    study: Study  # with the rates of tuned arms
+    directory: Path
+    members: tuple[Member, ...]
+    findings: Findings
+    recovery: RecoveryReport | None
+
+    @property
+    def failed(self) -> tuple[Member, ...]:
+        """Members that failed; running the study again tries them again."""
+        return tuple(member for member in self.members if member.status == FAILED)
+
+
+# Opening ----------------------------------------------------------------------------------------------------
+def open_ablation(
+    path: str | Path,
+    *,
+    directory: str | Path | None = None,
+    size: str | None = None,
+    num_seeds: int | None = None,
+) -> Ablation:
+    """Load a study file, or open the directory of one that was begun.
+
+    Args:
+      path: the file, or the directory.
+      directory: of results (none: runs/studies and the name of the file).
+      size: that the file is asked for, "small" or "large" (none: small, or that of the directory).
+      num_seeds: of every study (none: as the file says).
+
+    Raises:
+      ValueError: it is neither, or `load_studies` refuses the file.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        size = size or "small"
+        name = path.stem.replace("_", "-") + ("" if size == "small" else f"-{size}")
+        file = path
+        directory = Path(directory or DIRECTORY / name)
+    else:
+        if directory is not None:
+            raise ValueError(f"{path} is the directory of a study already: leave out --directory {directory}")
+        directory = path
+        file = path / STUDY_FILE
+        fixed = _fixed_size(path)
+        if size not in (None, fixed):
+            raise ValueError(
+                f"{path} was begun with --budget {fixed}: leave out --budget {size}, or begin another "
+                "directory from the study's file"
+            )
+        size = fixed
+    studies = load_studies(file, size=size)
+    if num_seeds is not None:
+        studies = with_num_seeds(studies, num_seeds)
+    return Ablation(file=file, size=size, studies=studies, directory=directory)
+
+
+def is_study_directory(path: str | Path) -> bool:
+    """Return whether a path is the directory of one study or of several."""
+    return any((Path(path) / name).is_file() for name in (PLAN, SEVERAL))
+
+
+def _fixed_size(directory: Path) -> str:
+    """Return the size that the studies of a directory were fixed with."""
+    if (directory / SEVERAL).is_file():
+        remedy = "restore the file from a copy, or use another directory"
+        return read_object(directory / SEVERAL, {"size": str}, remedy=remedy)["size"]
+    return StudyDirectory.open(directory).plan["size"]
+
+
+# Running ----------------------------------------------------------------------------------------------------
+def run_ablation(
+    ablation: Ablation,
+    *,
+    redo: bool = False,
+    only: Sequence[str] = (),
+    run: RunStudy = run_study,
+) -> Iterator[Outcome]:
+    """Run the studies in order, and yield the outcome of each as soon as it has one.
+
+    Called again, it resumes where it was stopped. All studies are fixed before the first run of any.
+
+    Args:
+      ablation: what to run.
+      redo: train members again whose experiment has changed; the old runs stay.
+      only: names of the arms to train now, for a part of a study (none: all).
+      run: a replacement for `run_study`.
+
+    Raises:
+      ValueError: a name of `only` is of no arm, or the directory is of another study or of other arms.
+      Interrupted: a signal stopped the training of a member, whose state is saved.
+    """
+    for name in only:
+        if name not in ablation.arm_names:
+            raise ValueError(
+                f"{name!r} is not an arm.{near_names(name, ablation.arm_names)} Arms are "
+                f"{', '.join(ablation.arm_names)}"
+            )
+    on_change = OnChange.REDO if redo else OnChange.REFUSE
+    directories = {study.name: _fix(ablation, study, on_change) for study in ablation.studies}
+    copy_study(ablation.file, ablation.directory)
+    # Studies as they are run: an arm that builds on a tuned one builds on it at its own rate.
+    ready: dict[str, Study] = {}
+    for fixed in ablation.studies:
+        earlier = tuple(ready[each.name] for each in fixed.earlier)
+        study = ready[fixed.name] = dataclasses.replace(fixed, earlier=earlier)
+        directory = directories[study.name]
+        # Those that others build on lie side by side in the directory of the file.
+        members = run(
+            study,
+            directory.path,
+            on_change=directory.on_change,
+            earlier=ablation.directory,
+            **({"only": only} if only else {}),
+        )
+        yield conclude(study, members, directory)
+
+
+def _fix(ablation: Ablation, study: Study, on_change: OnChange) -> StudyDirectory:
+    if len(ablation.studies) > 1:
+        names = {each.name: each.directory for each in ablation.studies}
+        ablation.directory.mkdir(parents=True, exist_ok=True)
+        write_json(ablation.directory / SEVERAL, {"size": ablation.size, "studies": names})
+    return StudyDirectory.create(ablation.directory_of(study), study, size=ablation.size, on_change=on_change)
+
+
+def conclude(study: Study, members: Sequence[Member], directory: StudyDirectory) -> Outcome:
+    """Analyze the members of a study that ended, and write its findings and its report of recovery."""
+    changes = [change.text for change in directory.changes_since_lock()]
+    findings = analyze(study, members, changes=changes)
+    write_findings(findings, directory.path)
+    recovery = None
+    if study.recovery is not None:
+        recovery = report_recovery(study, members, measure(study, members, directory.path))
+        write_recovery([recovery], directory.path)
+    return Outcome(
+        study=study,
+        directory=directory.path,
+        members=tuple(members),
+        findings=findings,
+        recovery=recovery,
+    )
