@@ -38,7 +38,7 @@ from slmjax.studies.claims import Lease
 from slmjax.studies.combinators import grid, ladder, pair
 from slmjax.studies.costs import ArmCost, TextSize, arm_cost, text_size
 from slmjax.studies.derived import RoundToNearest
-from slmjax.studies.design import Budget, Dimension, LearningRates, Match, Quantity
+from slmjax.studies.design import Budget, Dimension, LearningRates, Match, Quantity, Recovery
 from slmjax.studies.findings import (
     ArmSummary,
     Comparison,
@@ -61,7 +61,6 @@ from slmjax.studies.recovery import (
     ArmRecovery,
     Measurement,
     Recovered,
-    Recovery,
     RecoveryOver,
     RecoveryReport,
     measure,

@@ -113,6 +113,7 @@ class LearningRates:
         """Return the rates of an arm whose own rate is `own`, in rising order."""
         return tuple(sorted(self.rates or (factor * own for factor in self.factors)))
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recovery:
     """The roles of arms in a report on what training recovers of the cost of quantization."""
