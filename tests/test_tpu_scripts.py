@@ -335,7 +335,7 @@ def test_the_newest_run_goes_on_unless_it_is_at_its_end(tmp_path: Path) -> None:
 def test_what_is_read_of_a_run_is_what_slmjax_writes() -> None:
     assert config.to_json(recipes.load_experiment("nano"))["run"]["steps"] > 0
     result = (
-        (ROOT / "slmjax" / "runner" / "trainer.py")
+        (ROOT / "slmjax" / "runner" / "result.py")
         .read_text()
         .partition("class Result:")[2]
         .partition("\ndef ")[0]

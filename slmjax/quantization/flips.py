@@ -29,6 +29,7 @@ class CodeFlips:
     """
 
     def __init__(self, formats_of: Formats) -> None:
+        self._formats_of = formats_of
         self._is_counting = bool(formats_of)
 
         def compare(params: Params, before: Codes) -> tuple[Codes, Array]:
@@ -40,6 +41,10 @@ class CodeFlips:
         self._compare = jax.jit(compare, donate_argnums=1)
         self._before: Codes = {}
         self._step = 0
+
+    def fresh(self) -> "CodeFlips":
+        """Return a counter for another run with the same formats."""
+        return CodeFlips(self._formats_of)
 
     def begin(self, params: Params, step: int) -> None:
         """Store the codes of `step`, from which the next count is made."""

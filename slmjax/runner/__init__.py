@@ -13,7 +13,9 @@ Files in reading order:
 - out_of_memory.py: errors with options that need less memory
 - session.py: `open_session`, all that a session works with
 - step_time.py: time and memory of a training, from a few steps on random tokens
+- result.py: `Result`, how a run ended
 - dry_run.py: `plan_run`, what a run would be
 - trainer.py: `train`, the loop
+- population_loop.py: the loop over the steps of a population
 - population.py: `train_population`, several runs in one program
 """

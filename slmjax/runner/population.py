@@ -9,11 +9,21 @@ Members of a population may differ in seeds, names and numbers of the optimizer,
 import dataclasses
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
-from slmjax.runner.trainer import Result, train
+from slmjax import config as config_io
+from slmjax.planning.memory import OutOfMemory, first_line, is_out_of_memory
+from slmjax.runner.population_loop import Population
+from slmjax.runner.result import Result
+from slmjax.runner.session import NOTHING_LOST, Session, open_session
+from slmjax.runner.trainer import train
+from slmjax.stop_signals import StopSignals
+from slmjax.telemetry.messages import MessageHandler
+from slmjax.telemetry.progress import Progress
 from slmjax.training.experiment import Experiment
 from slmjax.training.optim import OptimConfig
 from slmjax.training.programs import resolved_phases
@@ -104,7 +114,13 @@ def train_population(
 ) -> list[Result]:
     """Train the members of a population in one program and return their results, in their order.
 
-    Each member has a run directory of its own in its `run.directory`, as `train` makes it.
+    Each member has a run directory of its own in its `run.directory`, as `train` makes it, and can be
+    resumed, evaluated and exported alone. Its batches are those that it has alone; losses and parameters are
+    equal up to the order of sums in float32. Times and rates in its log and result are measured while all
+    members train (`Result.population`).
+
+    After Ctrl-C or SIGTERM all members stop after the step and are saved. Members that resume may be at
+    different steps, except in a run whose quantization has phases: then they are trained one after another.
 
     Args:
       experiments: of the members, which share a program (`share_a_program`).
@@ -113,10 +129,102 @@ def train_population(
       console: where progress is shown (none: standard output).
 
     Raises:
-      ValueError: the experiments do not share a program, or what `train` raises it for.
+      ValueError: the experiments do not share a program, there are several processes, or what `train` raises
+        it for.
+      memory.OutOfMemory: there was too little for all members at once; checkpoints stay.
     """
     runs = [None] * len(experiments) if resume is None else list(resume)
+    check_population(experiments, runs)
+    console = console or Console()
+    if len(experiments) > 1:
+        with StopSignals() as signals, signals.training(), ExitStack() as stack:
+            sessions = _open_sessions(stack, experiments, runs, code=code, console=console, signals=signals)
+            runs = [session.telemetry.run.path for session in sessions]
+            if _are_in_step(sessions):
+                return _train(stack, sessions, signals=signals, console=console)
+        log.warning("the members are at different steps of a run with phases: trained one after another")
     return [
         train(experiment, resume=run, code=code, console=console)
         for experiment, run in zip(experiments, runs, strict=True)
     ]
+
+
+def check_population(experiments: Sequence[Experiment], runs: Sequence[str | Path | None]) -> None:
+    """Raise ValueError if the experiments cannot be trained in one program."""
+    if not experiments or len(runs) != len(experiments):
+        raise ValueError(
+            f"{len(experiments)} experiments and {len(runs)} runs to resume: give at least one experiment, "
+            "and a run or None for each"
+        )
+    if jax.process_count() > 1:
+        raise ValueError("a population is trained by one process: use one host, or train its members alone")
+    for number, experiment in enumerate(experiments):
+        if not share_a_program(experiments[0], experiment):
+            raise ValueError(
+                f"members 0 and {number} of the population do not share a program, they differ in "
+                f"{_differences(experiments[0], experiment)}: train them one after another"
+            )
+
+
+def _differences(a: Experiment, b: Experiment) -> str:
+    """Name the settings that keep two experiments from sharing a program."""
+    pairs = config_io.differences(config_io.to_json(_program_of(a)), config_io.to_json(_program_of(b)))
+    return ", ".join(path for path, _ in pairs) or "the steps at which phases of quantization begin"
+
+
+def _open_sessions(
+    stack: ExitStack,
+    experiments: Sequence[Experiment],
+    runs: Sequence[str | Path | None],
+    *,
+    code: str | Path | None,
+    console: Console,
+    signals: StopSignals,
+) -> list[Session]:
+    """Return the sessions of the members; all share the data, programs and teachers of the first."""
+    sessions: list[Session] = []
+    for experiment, run in zip(experiments, runs, strict=True):
+        # The first one describes model and data for all. Only the population has a bar.
+        is_quiet = console.quiet or bool(sessions)
+        lines = Console(file=console.file, width=console.width, force_terminal=False, quiet=is_quiet)
+        session = stack.enter_context(
+            open_session(
+                experiment,
+                resume=run,
+                code=code,
+                console=lines,
+                signals=signals,
+                shared=sessions[0].setup if sessions else None,
+            )
+        )
+        if sessions:
+            log.info("run directory %s", session.telemetry.run.path)
+        lines.quiet = True
+        sessions.append(session)
+    return sessions
+
+
+def _are_in_step(sessions: Sequence[Session]) -> bool:
+    """Return whether one program can train the members: phases of quantization begin at the same time."""
+    steps = {0 if session.state is None else int(session.state.step) for session in sessions}
+    return len(steps) == 1 or not resolved_phases(sessions[0].setup.experiment)
+
+
+def _train(
+    stack: ExitStack, sessions: Sequence[Session], *, signals: StopSignals, console: Console
+) -> list[Result]:
+    num_steps = sessions[0].setup.experiment.run.steps
+    progress = stack.enter_context(Progress(num_steps=num_steps, console=console))
+    population = Population(sessions, signals=signals, progress=progress)
+    messages = stack.enter_context(MessageHandler(population.show))
+    messages.write_to(population)
+    signals.note = f"{NOTHING_LOST}. Resume the members with --resume"
+    try:
+        return population.run()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory with {len(sessions)} members in one program, after step {population.step} "
+            f"({first_line(error)}): train fewer of them together, or one after another"
+        ) from error

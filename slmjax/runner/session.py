@@ -106,10 +106,12 @@ def open_session(
     console: Console | None = None,
     restart: bool = False,
     signals: StopSignals,
+    shared: Setup | None = None,
 ) -> Iterator[Session]:
     """Open a session of a new run, or of the run `resume`.
 
-    The arguments are those of `trainer.train`, and the signals that may end it.
+    The arguments are those of `trainer.train`, the signals that may end it, and for a member of a population
+    the setup of another one, with which it shares data, programs and teachers.
     """
     signals.note = NOTHING_LOST
     # The ledger counts wall time from here on.
@@ -130,12 +132,12 @@ def open_session(
         stack.enter_context(jax.set_mesh(mesh))
         _log_process()
         with ledger.timed(Category.INIT):
-            setup = _set_up(experiment, run, mesh, progress)
+            setup = _set_up(experiment, run, mesh, progress, shared)
             experiment = setup.experiment
             source = _batch_source(setup)
             with explaining_out_of_memory(setup, activity=lambda: "making the first state"):
                 first = None if run is not None else (fresh_state(setup), TokenCount(0))
-                setup = with_teachers(setup)
+                setup = with_teachers(setup, shared=shared)
             # A new run has a directory only once everything that can be refused has been accepted.
             run = run or new_run(setup, code)
             run_log = stack.enter_context(run.open_log())
@@ -192,10 +194,12 @@ def _begin(
     return experiment, in_all_processes(lambda: run_to_resume(path, experiment), activity="resuming")
 
 
-def _set_up(experiment: Experiment, run: RunDirectory | None, mesh: Mesh, progress: Progress) -> Setup:
+def _set_up(
+    experiment: Experiment, run: RunDirectory | None, mesh: Mesh, progress: Progress, shared: Setup | None
+) -> Setup:
     """Return the setup of a new run or of a resumed one, whose experiment has its length in steps."""
     tokenizer = experiment.tokenizer if run is None else tokenizer_of(run, experiment)
-    setup = set_up(experiment, tokenizer=tokenizer, mesh=mesh)
+    setup = set_up(experiment, tokenizer=tokenizer, mesh=mesh, shared=shared)
     if setup.experiment.run.steps != experiment.run.steps:
         progress.set_length(setup.experiment.run.steps)
         if run is not None:

@@ -148,8 +148,16 @@ class Setup:
         return self.teachers(batch)
 
 
-def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh) -> Setup:
+def set_up(
+    experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh, shared: Setup | None = None
+) -> Setup:
     """Prepare data and resolve the model. Nothing is compiled yet.
+
+    Args:
+      experiment: the settings.
+      tokenizer: that of the experiment, or of the run that is resumed.
+      mesh: the devices.
+      shared: of another member of the same population, whose data and programs are taken.
 
     Raises:
       ValueError: settings that do not fit each other, the data or the mesh.
@@ -157,8 +165,13 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh) ->
     # Before data is read, which may take long: a batch that does not fit.
     check_rows(experiment, mesh)
     # One process tokenizes, the others read its cache: the work is the same, and so must be the shards.
-    prepared = in_all_processes(
-        lambda: process_zero_first(lambda: prepare(experiment.data, tokenizer)), activity="preparing the data"
+    prepared = (
+        in_all_processes(
+            lambda: process_zero_first(lambda: prepare(experiment.data, tokenizer)),
+            activity="preparing the data",
+        )
+        if shared is None
+        else shared.prepared
     )
     # The text may change between two readings, and hosts may read other files of the same name.
     require_same(
@@ -176,7 +189,11 @@ def set_up(experiment: Experiment, *, tokenizer: TokenizerConfig, mesh: Mesh) ->
             "leave it out, or raise it"
         )
     prompts = _encoded_prompts(experiment, prepared.tokenizer)
-    programs = make_programs(experiment, vocab_size=vocab_size, mesh=mesh)
+    programs = (
+        make_programs(experiment, vocab_size=vocab_size, mesh=mesh)
+        if shared is None
+        else shared.programs.for_another_run()
+    )
     plans = teacher_plans(experiment, programs.definition.config, mesh=mesh, tokenizer=prepared.tokenizer)
     return Setup(
         experiment=experiment,
@@ -235,9 +252,11 @@ def _encoded_prompts(experiment: Experiment, tokenizer: Tokenizer) -> tuple[tupl
     return encoded
 
 
-def with_teachers(setup: Setup) -> Setup:
-    """Return the setup with its teachers' parameters on the devices."""
+def with_teachers(setup: Setup, *, shared: Setup | None = None) -> Setup:
+    """Return the setup with its teachers' parameters on the devices, or with those of `shared`."""
     if not setup.plans:
         return setup
+    if shared is not None:
+        return dataclasses.replace(setup, teachers=shared.teachers)
     num_microbatches = setup.experiment.optim.accumulation_steps
     return dataclasses.replace(setup, teachers=Teachers(setup.plans, num_microbatches=num_microbatches))

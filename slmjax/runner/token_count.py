@@ -27,10 +27,10 @@ class TokenCount:
     def __init__(self, total: int) -> None:
         self._total = total
         self._before = total
-        self._pending: list[Float[Array, ""]] = []
+        self._pending: list[Float[Array, ""] | int] = []
 
-    def add(self, num_targets: Float[Array, ""]) -> None:
-        """Add the targets of a step, an array that may not be computed yet."""
+    def add(self, num_targets: Float[Array, ""] | int) -> None:
+        """Add the targets of a step: a number, or an array that may not be computed yet."""
         # Only the reference is kept: reading the value would wait for the step, and devices would idle.
         self._pending.append(num_targets)
         if len(self._pending) >= MOST_PENDING:

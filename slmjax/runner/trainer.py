@@ -35,6 +35,7 @@ from slmjax.quantization.fake_quantization import phase_of
 from slmjax.runner import quant_phases
 from slmjax.runner.launch import num_parameters
 from slmjax.runner.out_of_memory import explaining_out_of_memory
+from slmjax.runner.result import Result
 from slmjax.runner.session import Session, open_session, resume_command
 from slmjax.runner.session_record import run_seconds
 from slmjax.stop_signals import INTERRUPTED_STATUS, Stopped, StopSignals
@@ -47,44 +48,6 @@ from slmjax.training.state import TrainState
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """The result of a run: the fields of result.json."""
-
-    # "finished", "interrupted", "diverged", or "not_saved": the last state or this result could not be saved
-    status: str
-    loss: float  # nats per token, on the text that `measured_on` names
-    bits_per_byte: float  # on the same text
-    # "held-out text", "part of the held-out text" (if cut short), "the completions of" them, with ", after
-    # step N" if of an earlier step, or "the last training batch"
-    measured_on: str
-    perplexity: float
-    best_loss: float | None  # lowest of the evaluations on `best_measured_on`, the last step's included
-    best_step: int | None  # its checkpoint is kept in addition to the newest
-    # bits per byte of gzip -9 and xz -9 for the same text (its first 16 MB); empty if only part was scored
-    compressors: dict[str, float]
-    run_tokens: int  # scored targets trained on, in all sessions of the run
-    run_seconds: float | None  # wall time of all sessions; None if the log does not have them all
-    session_tokens: int  # scored targets trained on in this session
-    session_seconds: float  # wall time of this session, from start to result
-    session_tokens_per_second: float  # fed, padding left out, over the training steps of this session
-    parameters: int
-    step: int
-    session_data_wait_share: float  # fraction of this session's training time spent waiting for data
-    # steps of all sessions that changed nothing because something was not finite, or no token was scored
-    skipped: int
-    run_dir: str
-    commit: str | None
-    session_seconds_by_category: dict[str, float]
-    samples: list[str]
-    # fraction of the held-out text's bytes that the tokenizer loses: above 0, bits per byte are too low
-    lost_text: float = 0.0
-    best_measured_on: str | None = None  # the text of `best_loss`, worded as in `measured_on`
-    # loss of the last step on the part of the held-out text of `best_loss`; None if that was all of it
-    part_loss: float | None = None
-    log_lines_lost: int = 0  # records of this session that a full disk kept from log.jsonl
 
 
 def train(
@@ -140,7 +103,7 @@ def train(
             ):
                 # No variable keeps the state alive: where memory runs out, compiling for advice needs its
                 # memory.
-                return _finish(loop, *loop.run(session.take_state()))
+                return finish(loop, *loop.run(session.take_state()))
 
 
 ALL = "held-out text"
@@ -163,6 +126,7 @@ class Loop:
         self.batches = session.batches
         self.trained = session.trained
         self.activity = "training"  # or "evaluation"
+        self.population = 1  # runs that are trained in the same program
         assert session.state is not None
         self.first_step = int(session.state.step)
         self.step = self.first_step
@@ -205,25 +169,55 @@ class Loop:
             if profile.turns_after(self.step):
                 with self._not_training(Category.OTHER, state):
                     profile.turn()
-            is_last = self.step == experiment.run.steps
-            # Metrics are fetched for lines of the log alone. Between them the host runs ahead of the device.
-            if self.step % experiment.run.log_every == 0 or is_last:
-                limit = experiment.optim.max_consecutive_skips
-                if is_last:
-                    # A session all of whose steps were skipped has diverged, however short it is.
-                    limit = min(limit, self.step - self.first_step)
-                if self._log_step(state, metrics) >= limit:
-                    return state, "diverged"
-            # The last step is evaluated and saved by `_finish`, on all of the held-out text.
-            if self.step % experiment.eval.every == 0 and not is_last:
-                self._evaluate(state)
-            if self.step % experiment.checkpoint.every == 0 and not is_last:
-                self.save(state)
+            if (status := self.after_step(state, metrics)) is not None:
+                return state, status
             # Asked after the step is complete, so that all processes stop after the same one.
-            if not is_last and (signal := self.signals.requested()) is not None:
+            if not self.is_last and (signal := self.signals.requested()) is not None:
                 self.telemetry.progress.print(f"{signal.name} received after step {self.step}: saving")
                 return state, "interrupted"
         return state, "finished"
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the step that was just taken is the last one of the run."""
+        return self.step == self.setup.experiment.run.steps
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `after_step` does anything after the step that was just taken."""
+        return self.reads_state or self.step % self.setup.experiment.run.log_every == 0
+
+    @property
+    def reads_state(self) -> bool:
+        """Whether `after_step` and `finish` need the state after the step that was just taken."""
+        experiment = self.setup.experiment
+        every = (experiment.eval.every, experiment.checkpoint.every)
+        return self.is_last or experiment.run.log_flips or any(self.step % steps == 0 for steps in every)
+
+    def after_step(self, state: TrainState | None, metrics: dict[str, Any]) -> str | None:
+        """Log, evaluate and save where the step that was just taken is due. Return "diverged" if it has.
+
+        Args:
+          state: after the step; None where it is not needed (`reads_state`).
+          metrics: of the step.
+        """
+        experiment = self.setup.experiment
+        # Metrics are fetched for lines of the log alone. Between them the host runs ahead of the device.
+        if self.step % experiment.run.log_every == 0 or self.is_last:
+            limit = experiment.optim.max_consecutive_skips
+            if self.is_last:
+                # A session all of whose steps were skipped has diverged, however short it is.
+                limit = min(limit, self.step - self.first_step)
+            if self._log_step(state, metrics) >= limit:
+                return "diverged"
+        if state is None:
+            return None
+        # The last step is evaluated and saved by `finish`, on all of the held-out text.
+        if self.step % experiment.eval.every == 0 and not self.is_last:
+            self._evaluate(state)
+        if self.step % experiment.checkpoint.every == 0 and not self.is_last:
+            self.save(state)
+        return None
 
     def _step(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Take the next batch and train on it.
@@ -240,11 +234,11 @@ class Loop:
         with ledger.timed(Category.DATA), jax.profiler.TraceAnnotation("data"):
             batch = next(self.batches)
         # Counted from this process's sequences, so that no communication is needed for a rate in the log.
-        self._fed += int(np.count_nonzero(batch.segment_ids)) * batch_size // len(batch.segment_ids)
+        self.count_fed(int(np.count_nonzero(batch.segment_ids)) * batch_size // len(batch.segment_ids))
         with ledger.timed(Category.COMPILE if compiles else Category.STEP):
             placed = place_batch(batch, self.setup.mesh, batch_size=batch_size)
             if compiles:
-                state = self._begin_phase(state, placed)
+                state = self.begin_phase(state, placed)
             # A program of its own: teachers may be on other devices, and then work ahead of the student.
             teacher_outputs = self.setup.teacher_outputs(placed, self.step)
             # The old state is donated: its buffers are gone after this call, so nothing
@@ -256,13 +250,20 @@ class Loop:
                 state = _not_finite(state)
             if compiles:
                 jax.block_until_ready(metrics)
-                # The pace is measured without compilation and without the wait for the first batch.
-                self.telemetry.meter.restart(tokens=self._fed, waiting=self.batches.waiting_seconds)
+                self.restart_meter()
                 self.telemetry.cache.report()
                 # From now on there are steps to save.
                 self.signals.defer()
             self._limit_steps_under_way(metrics["loss"])
         return state, metrics
+
+    def count_fed(self, num_tokens: int) -> None:
+        """Count tokens of a batch, without padding, for the pace of this session."""
+        self._fed += num_tokens
+
+    def restart_meter(self) -> None:
+        """Measure the pace from now on: without compilation and without the wait for the first batch."""
+        self.telemetry.meter.restart(tokens=self._fed, waiting=self.batches.waiting_seconds)
 
     def _limit_steps_under_way(self, metric: jax.Array) -> None:
         """Wait until few steps are left to the devices: a signal stops the run only once they are done."""
@@ -270,7 +271,7 @@ class Loop:
         if len(self._under_way) > STEPS_UNDER_WAY:
             jax.block_until_ready(self._under_way.popleft())
 
-    def _begin_phase(self, state: TrainState, placed: Batch) -> TrainState:
+    def begin_phase(self, state: TrainState, placed: Batch) -> TrainState:
         """Take the programs of the next step's quantization phase, and the state with which it begins."""
         self.setup = quant_phases.setup_of_phase(self.setup, self.step)
         phase = phase_of(self.setup.programs.definition)
@@ -348,7 +349,7 @@ class Loop:
             yield
         self.telemetry.meter.leave_out(time.perf_counter() - started)
 
-    def _log_step(self, state: TrainState, metrics: dict[str, Any]) -> float:
+    def _log_step(self, state: TrainState | None, metrics: dict[str, Any]) -> float:
         """Log and show the metrics of this step. Return how many steps in a row up to it were not finite."""
         with self.telemetry.ledger.timed(Category.STEP):
             config = self.setup.programs.definition.config
@@ -361,7 +362,7 @@ class Loop:
             num_bytes=values.pop("bytes"),
         )
         # After the throughput, which must not include the time of counting.
-        flips = self.setup.programs.flips.count(state.params, self.step)
+        flips = {} if state is None else self.setup.programs.flips.count(state.params, self.step)
         self.record("train", **dataclasses.asdict(throughput), **values, **flips)
         shown = {name: values.get(name) for name in ("learning_rate", "grad_norm", "divergence")}
         self.telemetry.progress.update(self.step, metrics=throughput, loss=values["loss"], **shown)
@@ -467,7 +468,7 @@ def _not_finite(state: TrainState) -> TrainState:
 
 
 # After the loop ---------------------------------------------------------------------------------------------
-def _finish(loop: Loop, state: TrainState, status: str) -> Result:
+def finish(loop: Loop, state: TrainState, status: str) -> Result:
     """Save, evaluate on all held-out text, sample, and write result.json.
 
     The state is safe on disk before the rest begins, which a signal cuts short. A run that was interrupted
@@ -587,6 +588,7 @@ def _result(
         best_measured_on=loop.best_measured_on,
         part_loss=loop.part_loss,
         log_lines_lost=telemetry.log.lost,
+        population=loop.population,
     )
 
 

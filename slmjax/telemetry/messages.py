@@ -13,11 +13,17 @@ one that prints to standard error. Without a handler Python shows warnings alone
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Any
-
-from slmjax.telemetry.run_directory import RunLog
+from typing import Any, Protocol, runtime_checkable
 
 log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Records(Protocol):
+    """What messages are written to: a `RunLog`, or the logs of several runs."""
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Append a record."""
 
 
 class MessageHandler(logging.Handler):
@@ -35,12 +41,12 @@ class MessageHandler(logging.Handler):
         super().__init__(logging.DEBUG)
         self._show = show
         self._logger = logging.getLogger("slmjax")
-        self._run_log: RunLog | None = None
+        self._run_log: Records | None = None
         # Messages that come before the run directory exists, for example while data is prepared.
         self._early: list[logging.LogRecord] = []
         self._warned_of_cache = False
 
-    def write_to(self, run_log: RunLog) -> None:
+    def write_to(self, run_log: Records) -> None:
         """Write messages to the log of a run from now on, beginning with the earlier ones."""
         self._run_log = run_log
         for record in self._early:
@@ -93,5 +99,5 @@ class MessageHandler(logging.Handler):
         self._logger.setLevel(self._level_before)
 
 
-def _write(record: logging.LogRecord, run_log: RunLog) -> None:
+def _write(record: logging.LogRecord, run_log: Records) -> None:
     run_log.write("message", level=record.levelname, text=record.getMessage())

@@ -71,6 +71,10 @@ class Programs:
     code_sums: CodeSums  # checksums of the codes that parameters have on these devices, for a checkpoint
     flips: CodeFlips  # counts codes that change, where the log has them
 
+    def for_another_run(self) -> "Programs":
+        """Return the same programs, without what they keep of a run."""
+        return dataclasses.replace(self, flips=self.flips.fresh())
+
 
 def make_programs(
     experiment: Experiment, *, vocab_size: int, mesh: Mesh, step: int | None = None

@@ -1,0 +1,130 @@
+"""Runs that are trained in one program: each is what it is alone, and none disturbs another."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import slmjax
+from slmjax.checkpoints.loading import load_model
+from slmjax.checkpoints.run_checkpoints import CheckpointConfig
+from slmjax.data.config import DataConfig, Split
+from slmjax.data.tokenizers import ByteTokenizer
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
+from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.parallel.mesh import MeshConfig
+from slmjax.runner.population import share_a_program, train_population
+from slmjax.telemetry.run_directory import read_log
+from slmjax.training.experiment import EvalConfig, Experiment, RunConfig
+from slmjax.training.objective import ObjectiveConfig
+from slmjax.training.optim import OptimConfig, Schedule
+
+QUIET = Console(quiet=True)
+BLOCK = BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=MlpConfig(hidden_dim=16))
+STEPS = 9
+DIVERGES = 3e38  # a rate whose first updates are beyond float32
+
+
+def member(directory: Path, text: Path, *, seed: int, lr: float) -> Experiment:
+    return Experiment(
+        model=ModelConfig(embed_dim=16, context_length=16, stack=(LayerGroup(pattern=(BLOCK,)),)),
+        data=DataConfig(
+            path=str(text),
+            split=Split.TAIL,
+            heldout_fraction=0.02,
+            sequence_length=16,
+            batch_size=8,
+            seed=seed,
+        ),
+        tokenizer=ByteTokenizer(),
+        # This eps keeps differences of rounding from growing where a gradient is tiny.
+        optim=OptimConfig(lr=lr, warmup_steps=2, eps=1e-4, max_consecutive_skips=3),
+        eval=EvalConfig(every=6, max_documents=None, sample=False),
+        checkpoint=CheckpointConfig(every=4),
+        mesh=MeshConfig(data=8),
+        run=RunConfig(
+            name="member",
+            steps=STEPS,
+            log_every=1,
+            seed=seed,
+            sample_prompts=(),
+            directory=str(directory / f"seed-{seed}"),
+        ),
+    )
+
+
+def members(directory: Path, text: Path) -> list[Experiment]:
+    return [member(directory, text, seed=seed, lr=lr) for seed, lr in enumerate((1e-2, 2e-2, DIVERGES, 5e-3))]
+
+
+@pytest.fixture(scope="module")
+def together(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> list[slmjax.Result]:
+    directory = tmp_path_factory.mktemp("together")
+    return train_population(members(directory, workplace / "text.txt"), console=QUIET)
+
+
+def records(result: slmjax.Result, kind: str) -> list[dict[str, Any]]:
+    return read_log(Path(result.run_dir) / "log.jsonl", kind=kind)
+
+
+@pytest.mark.composes("mesh", "studies")
+def test_a_member_is_what_it_is_alone(together, workplace, tmp_path):
+    """The same rows, exactly; loss and parameters to one part in 10,000, as between meshes: sums are added up
+    in another order.
+    """
+    alone = slmjax.train(members(tmp_path, workplace / "text.txt")[1], console=QUIET)
+    ours = together[1]
+    names = {path.name for path in Path(alone.run_dir).iterdir()}
+    assert {path.name for path in Path(ours.run_dir).iterdir()} == names >= {"log.jsonl", "tokenizer"}
+    rows = [[line["data_checksum"] for line in records(run, "train")] for run in (ours, alone)]
+    assert rows[0] == rows[1] and len(rows[0]) == STEPS
+    for name in ("loss", "grad_norm", "learning_rate"):
+        values = [[line[name] for line in records(run, "train")] for run in (ours, alone)]
+        np.testing.assert_allclose(*values, rtol=1e-4, err_msg=name)
+    evaluated = [[(line["step"], line["loss"]) for line in records(run, "eval")] for run in (ours, alone)]
+    np.testing.assert_allclose(*evaluated, rtol=1e-4)
+    loaded = [load_model(run.run_dir).params for run in (ours, alone)]
+    for path, leaf in loaded[1].items():
+        np.testing.assert_allclose(loaded[0][path], leaf, rtol=1e-4, atol=1e-5, err_msg=path)
+    same = ("status", "step", "skipped", "run_tokens", "parameters", "measured_on", "best_step")
+    assert {name: getattr(ours, name) for name in same} == {name: getattr(alone, name) for name in same}
+    assert (ours.population, alone.population) == (4, 1)
+
+
+def test_a_member_that_diverges_disturbs_no_other(together):
+    assert [result.status for result in together] == ["finished", "finished", "diverged", "finished"]
+    diverged = together[2]
+    assert diverged.step < STEPS and records(diverged, "train")[-1]["step"] == diverged.step
+    assert json.loads((Path(diverged.run_dir) / "result.json").read_text())["status"] == "diverged"
+    assert [result.skipped for result in together if result is not diverged] == [0, 0, 0]
+    # Warnings are those of the member alone.
+    warned = [any("skipped" in line["text"] for line in records(result, "message")) for result in together]
+    assert warned == [False, False, True, False]
+
+
+def test_members_may_differ_in_numbers_seeds_and_names(tmp_path):
+    base = member(tmp_path, tmp_path / "text.txt", seed=0, lr=1e-3)
+
+    def shares(**changes: Any) -> bool:
+        return share_a_program(base, dataclasses.replace(base, **changes))
+
+    def optim(**changes: Any) -> OptimConfig:
+        return dataclasses.replace(base.optim, **changes)
+
+    assert share_a_program(base, member(tmp_path / "b", tmp_path / "text.txt", seed=1, lr=2e-3))
+    assert shares(optim=optim(betas=(0.8, 0.9), weight_decay=0.0, schedule=Schedule.WSD, warmup_steps=0.5))
+    assert shares(objective=ObjectiveConfig(z_loss=1e-4))
+    assert not shares(optim=optim(grad_clip=None)) and not shares(optim=optim(ema_decay=0.9))
+    assert not shares(optim=optim(accumulation_steps=2))
+    assert not shares(model=dataclasses.replace(base.model, embed_dim=32))
+    assert not shares(run=dataclasses.replace(base.run, steps=10))
+    wider = dataclasses.replace(base, model=dataclasses.replace(base.model, embed_dim=32))
+    with pytest.raises(ValueError, match=r"members 0 and 1 .* differ in model.embed_dim"):
+        train_population([base, wider], console=QUIET)
+    with pytest.raises(ValueError, match="0 experiments and 0 runs"):
+        train_population([], console=QUIET)
