@@ -1,6 +1,12 @@
 """`Result`: how a run ended, as result.json and the caller of `train` have it."""
 
 import dataclasses
+import logging
+
+from slmjax.telemetry.report import write_report
+from slmjax.telemetry.run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,3 +47,27 @@ class Result:
     log_lines_lost: int = 0  # records of this session that a full disk kept from log.jsonl
     # runs that were trained in the same program in this session: its seconds are those of all of them
     population: int = 1
+
+
+def write_result(run: RunDirectory, result: Result, *, resume: str) -> Result:
+    """Write result.json. Where it cannot be written, the result says so, as nothing on disk does."""
+    try:
+        run.write_json("result.json", dataclasses.asdict(result))
+    except OSError as error:
+        log.error(
+            "result.json could NOT be written (%s). Free disk space, then write it with: %s",
+            error.strerror or error,
+            resume,
+        )
+        return dataclasses.replace(result, status="not_saved")
+    return result
+
+
+def write_page(run: RunDirectory) -> None:
+    """Write the run's page, where the extra that draws it is installed. A run does not fail for its page."""
+    try:
+        write_report(run.path)
+    except OSError as error:
+        log.warning("report.html could not be written: %s", error.strerror or error)
+    except Exception as error:
+        log.info("no report.html: %s", error)

@@ -35,13 +35,12 @@ from slmjax.quantization.fake_quantization import phase_of
 from slmjax.runner import quant_phases
 from slmjax.runner.launch import num_parameters
 from slmjax.runner.out_of_memory import explaining_out_of_memory
-from slmjax.runner.result import Result
+from slmjax.runner.result import Result, write_page, write_result
 from slmjax.runner.session import Session, open_session, resume_command
 from slmjax.runner.session_record import run_seconds
 from slmjax.stop_signals import INTERRUPTED_STATUS, Stopped, StopSignals
 from slmjax.telemetry.recorded_environment import commit
-from slmjax.telemetry.report import write_report
-from slmjax.telemetry.run_directory import Category, RunDirectory
+from slmjax.telemetry.run_directory import Category
 from slmjax.training.experiment import Experiment
 from slmjax.training.metrics import named_metrics
 from slmjax.training.state import TrainState
@@ -513,10 +512,10 @@ def finish(loop: Loop, state: TrainState, status: str) -> Result:
     loop.record("result", status=status, **metrics)
     if jax.process_index() == 0:
         resume = resume_command(telemetry.run.path, loop.setup.experiment)
-        result = _write_result(telemetry.run, result, resume=resume)
+        result = write_result(telemetry.run, result, resume=resume)
         # The page takes seconds, which a preempted job may not have. `slmjax report` writes it.
         if not loop.signals.received and status != "interrupted":
-            _write_page(telemetry.run)
+            write_page(telemetry.run)
     return result
 
 
@@ -532,20 +531,6 @@ def _explain_not_saved(loop: Loop) -> None:
         "the run has no checkpoint" if last is None else f"the newest checkpoint is of step {last}",
         resume,
     )
-
-
-def _write_result(run: RunDirectory, result: Result, *, resume: str) -> Result:
-    """Write result.json. Where it cannot be written, the result says so, as nothing on disk does."""
-    try:
-        run.write_json("result.json", dataclasses.asdict(result))
-    except OSError as error:
-        log.error(
-            "result.json could NOT be written (%s). Free disk space, then write it with: %s",
-            error.strerror or error,
-            resume,
-        )
-        return dataclasses.replace(result, status="not_saved")
-    return result
 
 
 def _result(
@@ -590,13 +575,3 @@ def _result(
         log_lines_lost=telemetry.log.lost,
         population=loop.population,
     )
-
-
-def _write_page(run: RunDirectory) -> None:
-    """Write the run's page, where the extra that draws it is installed. A run does not fail for its page."""
-    try:
-        write_report(run.path)
-    except OSError as error:
-        log.warning("report.html could not be written: %s", error.strerror or error)
-    except Exception as error:
-        log.info("no report.html: %s", error)

@@ -151,7 +151,7 @@ def test_a_full_disk_ends_a_run_as_not_saved(
     monkeypatch.setattr(faults, "_faults", faults.parse("file.replace=readonly"))
     finished = dataclasses.replace(result, status="finished")
     for status in ("not_saved", "finished"):
-        assert trainer._write_result(RunDirectory(path), finished, resume="").status == status
+        assert trainer.write_result(RunDirectory(path), finished, resume="").status == status
 
 
 def test_prompts_that_are_refused_cost_no_file(

@@ -69,7 +69,7 @@ def test_the_study_from_end_to_end(
     study: ModuleType, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two formats, two seeds, and every kind of arm."""
-    monkeypatch.setattr("slmjax.runner.trainer._write_page", lambda run: None)
+    monkeypatch.setattr("slmjax.runner.trainer.write_page", lambda run: None)
     tiny = one_layer(workplace, tmp_path, steps=4, ema_decay=None)
     tiny = dataclasses.replace(tiny, eval=dataclasses.replace(tiny.eval, unrounded=True))
     formats = {name: study.FORMATS[name] for name in ("q4_0", "1.58 bits")}

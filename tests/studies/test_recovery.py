@@ -473,7 +473,7 @@ def toy_file(workplace: Path, directory: Path) -> str:
 def test_a_study_from_training_to_its_page(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("slmjax.runner.trainer._write_page", lambda run: None)  # takes as long as the steps
+    monkeypatch.setattr("slmjax.runner.trainer.write_page", lambda run: None)  # takes as long as the steps
     file = toy_file(workplace, tmp_path)
     with pytest.raises(SystemExit) as ended:
         cli.main(["ablate", file, "--directory", str(tmp_path), "--json"])

@@ -223,7 +223,7 @@ def test_an_arm_against_itself(workplace: Path, tmp_path: Path, monkeypatch: pyt
     """Of one seed both arms have the same batches, and so, to the last bit, the same figures: nothing is
     resolved.
     """
-    monkeypatch.setattr(trainer, "_write_page", lambda run: None)  # takes as long as the steps
+    monkeypatch.setattr(trainer, "write_page", lambda run: None)  # takes as long as the steps
     real, members = trained(workplace, tmp_path, one=1e-2, same=1e-2)
     for member in members:
         run = Path(member.result["run_dir"])
