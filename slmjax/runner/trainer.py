@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -43,7 +42,7 @@ from slmjax.telemetry.recorded_environment import commit
 from slmjax.telemetry.run_directory import Category
 from slmjax.training.experiment import Experiment
 from slmjax.training.metrics import named_metrics
-from slmjax.training.state import TrainState
+from slmjax.training.state import TrainState, not_finite
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -170,11 +169,16 @@ class Loop:
                     profile.turn()
             if (status := self.after_step(state, metrics)) is not None:
                 return state, status
-            # Asked after the step is complete, so that all processes stop after the same one.
-            if not self.is_last and (signal := self.signals.requested()) is not None:
-                self.telemetry.progress.print(f"{signal.name} received after step {self.step}: saving")
+            if not self.is_last and (reason := self._reason_to_stop()):
+                self.telemetry.progress.print(f"{reason} after step {self.step}: saving")
                 return state, "interrupted"
         return state, "finished"
+
+    def _reason_to_stop(self) -> str:
+        """Return why the session ends after this step, or nothing; all processes stop after the same one."""
+        if (signal := self.signals.requested()) is not None:
+            return f"{signal.name} received"
+        return "run.stop_after" if self.step == self.setup.experiment.run.stop_after else ""
 
     @property
     def is_last(self) -> bool:
@@ -246,7 +250,7 @@ class Loop:
             self.trained.add(metrics.pop("trained_targets"))
             faults.at("step", self.step + 1)
             if faults.taints(self.step + 1):
-                state = _not_finite(state)
+                state = not_finite(state)
             if compiles:
                 jax.block_until_ready(metrics)
                 self.restart_meter()
@@ -455,15 +459,6 @@ class Loop:
             return False
         self.best = (self.step, result.loss)
         return True
-
-
-def _not_finite(state: TrainState) -> TrainState:
-    """Return the state with parameters of NaN, for an injected fault."""
-    params = {
-        path: leaf * jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-        for path, leaf in state.params.items()
-    }
-    return dataclasses.replace(state, params=params)
 
 
 # After the loop ---------------------------------------------------------------------------------------------

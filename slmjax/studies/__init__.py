@@ -19,7 +19,9 @@ Files in reading order:
 - design.py: budgets, quantities that are made equal, rates that are tuned.
 - costs.py: parameters, FLOPs and bytes of an arm.
 - claims.py: which process trains a member, on any host.
-- study.py: a study and its members; running.py runs and resumes them.
+- stopping.py: arms that are not trained to the end.
+- study.py: a study and its members; member_queue.py: those that are left, as each of many workers sees them.
+- running.py: members are trained, derived and resumed.
 - matching.py: arms made equal to the baseline, in parameters, FLOPs and others.
 - questions.py: what is asked of results, and their table; caveats.py: notes on what does not compare.
 - results_files.py: rows of files and directories; foreign_results.py: their columns as a question.
@@ -84,6 +86,7 @@ from slmjax.studies.statistics.samples import (
     summarize,
 )
 from slmjax.studies.statistics.verdicts import Verdict, decide
+from slmjax.studies.stopping import SuccessiveHalving
 from slmjax.studies.study import (
     MEMBERS,
     Member,
@@ -139,6 +142,7 @@ __all__ = [
     "RecoveryReport",
     "RoundToNearest",
     "Study",
+    "SuccessiveHalving",
     "Summary",
     "Verdict",
     "TextSize",

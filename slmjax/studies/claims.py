@@ -51,7 +51,15 @@ RECORDED = "recorded"
 
 _EVENT = re.compile(r"([1-9]\d*)\.json")
 _FIELDS = {"event": str, "fence": int, "id": str}
-_OPTIONAL = {"host": str, "pid": int, "boot": str, "started": str, "lease": float, "member": dict}
+_OPTIONAL = {
+    "host": str,
+    "pid": int,
+    "boot": str,
+    "started": str,
+    "lease": float,
+    "member": dict,
+    "rung": dict,
+}
 _REMEDY = "delete it, and the member is trained again or read from its run"
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -91,6 +99,7 @@ class State:
     holder: str = ""  # host and process
     record: Mapping[str, Any] | None = None  # the newest outcome
     recorded: int = 0  # number of its event
+    rungs: tuple[Mapping[str, Any], ...] = ()  # of early stopping: what releases noted, the newest first
 
 
 # Events -----------------------------------------------------------------------------------------------------
@@ -274,14 +283,10 @@ class Claims:
         newest = _read_event(chain, numbers[0])
         is_claimed = newest["event"] == CLAIMED
         is_expired = is_claimed and self._is_expired(member, numbers[0], newest, now=now)
-        record = None
-        recorded = 0
-        for number in numbers:
-            event = newest if number == numbers[0] else _read_event(chain, number)
-            if event["event"] == RECORDED:
-                record = event.get("member")
-                recorded = number
-                break
+        events = {
+            number: newest if number == numbers[0] else _read_event(chain, number) for number in numbers
+        }
+        recorded = next((number for number, event in events.items() if event["event"] == RECORDED), 0)
         return State(
             member=member,
             token=numbers[0],
@@ -290,8 +295,9 @@ class Claims:
             is_expired=is_expired,
             is_alive=is_claimed and not is_expired and self._alive.get(member) == numbers[0],
             holder=f"process {newest.get('pid')} on {newest.get('host')}",
-            record=record,
+            record=events[recorded].get("member") if recorded else None,
             recorded=recorded,
+            rungs=tuple(event["rung"] for event in events.values() if event.get("rung") is not None),
         )
 
     def _is_expired(self, member: str, token: int, event: Mapping[str, Any], *, now: float) -> bool:
@@ -423,13 +429,16 @@ class Claim:
         """
         self._end(event=RECORDED, member=member)
 
-    def release(self) -> None:
+    def release(self, *, rung: Mapping[str, Any] | None = None) -> None:
         """End the claim without an outcome: another process may resume the run at once.
+
+        Args:
+          rung: of early stopping, what the member has reached.
 
         Raises:
           ClaimLost: another process has taken over.
         """
-        self._end(event=RELEASED)
+        self._end(event=RELEASED, rung=rung)
 
     def _end(self, **content: Any) -> None:
         if not self.append(self.token + 1, time=time.time(), **content):

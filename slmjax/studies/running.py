@@ -22,8 +22,7 @@ import dataclasses
 import logging
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +34,20 @@ from slmjax.ownership import owned_by, require_ownership
 from slmjax.runner import trainer
 from slmjax.stop_signals import Stopped, StopSignals
 from slmjax.studies.arms import Arm, Derived
-from slmjax.studies.claims import Claim, ClaimLost, Claims, Lease, State, locked
+from slmjax.studies.claims import ClaimLost, Claims, Lease, locked
 from slmjax.studies.derived import derive
+from slmjax.studies.member_queue import MemberQueue, Task, evaluation_at, metric_at
 from slmjax.studies.study import (
     DIVERGED,
     FAILED,
     FINISHED,
     MEMBERS,
+    STOPPED,
     Member,
     OnChange,
     Study,
     member_experiment,
     member_fingerprint,
-    member_of,
     read_members,
 )
 from slmjax.telemetry.run_directory import RunLog, plain, read_log, read_result
@@ -112,16 +112,15 @@ def run_study(
     directory.mkdir(parents=True, exist_ok=True)
     claims = Claims(directory, lease=lease, needs_links=worker)
     earlier = Path(earlier or directory.absolute().parent)
-    queue = _Queue(study, directory, claims, only=only, on_change=on_change, earlier=earlier)
+    queue = MemberQueue(study, directory, claims, only=only, on_change=on_change, earlier=earlier)
     # Between trainings, too, a worker ends in order: its claims are released.
     with _stopping_in_order(worker) as signals, claims:
         while True:
             if signals is not None and signals.received:
                 raise Interrupted("stopped between two members: start the worker again to train the rest")
-            if (taken := queue.take()) is not None:
-                arm, seed, claim = taken
+            if (task := queue.take()) is not None:
                 with contextlib.suppress(ClaimLost):
-                    _run_member(study, arm, seed, directory, queue, claim, train=train, console=console)
+                    _run_member(queue, task, train=train, console=console)
             elif queue.is_done or (worker and not wait and queue.is_in_good_hands):
                 break
             else:
@@ -142,155 +141,28 @@ def _stopping_in_order(worker: bool) -> Iterator[StopSignals | None]:
             raise Interrupted(f"{error}: start the worker again to train the rest") from error
 
 
-# The queue --------------------------------------------------------------------------------------------------
-class _Queue:
-    """The members that are left of a study, in its order."""
-
-    def __init__(
-        self,
-        study: Study,
-        directory: Path,
-        claims: Claims,
-        *,
-        only: Sequence[str] | None,
-        on_change: OnChange,
-        earlier: Path,
-    ) -> None:
-        self.study = study
-        self.claims = claims
-        names = set() if only is not None else {arm.name for arm in study.arms}
-        for name in only or ():
-            while name not in names:
-                names.add(name)
-                name = _built_on(study.arm(name)) or name
-        self.left = [(arm, seed) for seed in study.seeds for arm in study.arms if arm.name in names]
-        # Outcomes before this process, from members.jsonl where an earlier version wrote no others.
-        self._before = {
-            (member.arm, member.seed): member
-            for member in read_members(study, directory, on_change=on_change)
-        }
-        # A failure may be of the machine, such as a full disk, and is tried again: once by each process that
-        # starts after it. Divergence is a result.
-        self._retried = {
-            (arm.name, seed): claims.look(_key(arm, seed)).recorded
-            for arm, seed in self.left
-            if (member := self._before.get((arm.name, seed))) is not None and member.status == FAILED
-        }
-        self.ended: dict[tuple[str, int], Member] = {}
-        self._earlier = earlier
-        self._elsewhere: list[State] = []  # claimed by other processes, at the last look
-        self._logged: set[tuple[str, int]] = set()
-
-    def take(self) -> tuple[Arm | Derived, int, Claim] | None:
-        """Claim the first member that is free. None if there is none."""
-        self._elsewhere = []
-        for arm, seed in list(self.left):
-            state = self.claims.look(_key(arm, seed))
-            if (member := self._outcome(arm, seed, state)) is not None:
-                self.ended[arm.name, seed] = member
-                self.left.remove((arm, seed))
-            elif state.is_claimed:
-                self._elsewhere.append(state)
-            # A member waits for what it is made from, which comes before it in the order.
-            elif (name := _built_on(arm)) is not None and (name, seed) not in self.ended:
-                continue
-            elif (claim := self.claims.take(state)) is not None:
-                return arm, seed, claim
-            else:  # another process was faster
-                self._elsewhere.append(state)
-        return None
-
-    def source(self, arm: Arm | Derived, seed: int) -> Member | None:
-        """Return the member that a member is derived from or builds on; None if there is none."""
-        if (name := _built_on(arm)) is not None:
-            return self.ended[name, seed]
-        return _earlier_member(self.study, arm, seed, self._earlier) if isinstance(arm, Arm) else None
-
-    def _outcome(self, arm: Arm | Derived, seed: int, state: State) -> Member | None:
-        """Return the outcome of a member, unless it is to be trained (again)."""
-        if state.record is not None:
-            member = member_of(state.record, name=f"the claim of {state.member}")
-        else:
-            member = self._before.get((arm.name, seed))
-        if member is None or member.fingerprint != member_fingerprint(self.study, arm.name, seed):
-            return None
-        is_retried = self._retried.get((arm.name, seed)) == state.recorded
-        return None if member.status == FAILED and is_retried else member
-
-    @property
-    def is_done(self) -> bool:
-        """Return whether nothing is left to train, here or elsewhere."""
-        return not self.left
-
-    @property
-    def is_in_good_hands(self) -> bool:
-        """Return whether workers that are seen to live train all that can be trained now."""
-        return bool(self._elsewhere) and all(state.is_alive for state in self._elsewhere)
-
-    def pause(self) -> None:
-        """Wait before the next look at the members that are trained elsewhere."""
-        for state in self._elsewhere:
-            if (state.member, state.token) not in self._logged:
-                self._logged.add((state.member, state.token))
-                log.info("waiting for %s, which %s trains", state.member, state.holder)
-        time.sleep(min(self.claims.lease.heartbeat / 3, 5.0))
-
-
-def _built_on(arm: Arm | Derived) -> str | None:
-    """Return the arm of the same study that an arm is derived from or builds on."""
-    if isinstance(arm, Derived):
-        return arm.source
-    return arm.after if isinstance(arm.after, str) else None
-
-
-def _earlier_member(study: Study, arm: Arm, seed: int, directory: Path) -> Member | None:
-    """Return the member of an earlier study that a member builds on; None if it builds on none.
-
-    Raises:
-      ValueError: the earlier study has no such member.
-    """
-    if (key := study.source(arm.name, seed)) is None:
-        return None
-    earlier, name, earlier_seed = key
-    there = directory / earlier.directory
-    for member in read_members(dataclasses.replace(earlier, seeds=(earlier_seed,)), there):
-        if member.arm == name:
-            return member
-    raise ValueError(
-        f"{arm.name!r} builds on {name!r} of the study {earlier.name!r} with seed {earlier_seed}, which is "
-        f"not in {there}: run that study there first"
-    )
-
-
-def _key(arm: Arm | Derived, seed: int) -> str:
-    return f"{arm.directory}/seed-{seed}"
-
-
-def _run_member(
-    study: Study,
-    arm: Arm | Derived,
-    seed: int,
-    directory: Path,
-    queue: _Queue,
-    claim: Claim,
-    *,
-    train: Train,
-    console: Console | None,
-) -> None:
+# Members ----------------------------------------------------------------------------------------------------
+def _run_member(queue: MemberQueue, task: Task, *, train: Train, console: Console | None) -> None:
     """Train or derive a member under a claim, and record it.
 
     Raises:
       ClaimLost: another process has taken over; nothing is recorded.
     """
+    study = queue.study
+    directory = queue.directory
+    claim = task.claim
     try:
         with owned_by(claim.require):
-            source = queue.source(arm, seed)
-            if isinstance(arm, Derived):
-                assert source is not None, arm
-                member = _derive_member(study, arm, seed, directory, source=source, fence=claim.fence)
+            source = queue.source(task.arm, task.seed)
+            if isinstance(task.arm, Derived):
+                assert source is not None, task.arm
+                member = _derive_member(study, task.arm, task, directory, source=source)
             else:
-                progress: dict[str, Any] = {"train": train, "console": console, "fence": claim.fence}
-                member = _train_member(study, arm, seed, directory, source=source, **progress)
+                progress: dict[str, Any] = {"train": train, "console": console}
+                member = _train_member(study, task.arm, task, directory, source=source, **progress)
+        if not isinstance(member, Member):
+            claim.release(rung=member)
+            return
         fields = dataclasses.asdict(member)
         # Written as soon as a member ends: a later crash cannot lose it.
         claim.record(fields)
@@ -313,19 +185,22 @@ def _append_line(path: Path, fields: dict[str, Any]) -> None:
         log.warning("%s lacks a line, which is in the claims: %s", path, error)
 
 
-# Members ----------------------------------------------------------------------------------------------------
 def _train_member(
     study: Study,
     arm: Arm,
-    seed: int,
+    task: Task,
     directory: Path,
     *,
     source: Member | None,
     train: Train,
     console: Console | None,
-    fence: int,
-) -> Member:
-    """Start or resume the run of a member, from the run that it builds on if there is one."""
+) -> Member | dict[str, Any]:
+    """Start or resume the run of a member, from the run that it builds on if there is one.
+
+    Returns:
+      the member, or of early stopping the rung that it has reached.
+    """
+    seed = task.seed
     # The fingerprint is that of the plan, without the directory of the study.
     member_hash = member_fingerprint(study, arm.name, seed)
     about: dict[str, Any] = {"arm": arm.name, "seed": seed, "fingerprint": member_hash}
@@ -334,20 +209,17 @@ def _train_member(
         error = f"{source.arm} is {source.status} with seed {source.seed}, so there is no run to build on"
         return Member(**about, status=FAILED, result={}, evaluation={}, error=error)
     source_run = None if source is None else Path(source.result["run_dir"])
-    plan = member_experiment(study, arm.name, seed, run=source_run)
-    run_parent = (directory / arm.directory / f"seed-{seed}").absolute()
-    # Without trackers nothing shows the group, and runs of earlier versions can be resumed.
-    group = plan.run.group or (study.name if plan.run.trackers else None)
-    experiment = with_absolute_paths(
-        dataclasses.replace(
-            plan,
-            run=dataclasses.replace(plan.run, directory=str(run_parent), group=group),
-        )
-    )
+    experiment = _experiment(study, task, directory, source_run=source_run)
     log.info("study %s: arm %s, seed %d", study.name, arm.name, seed)
     try:
         # A run may have ended just before it was recorded: then only the record is missing.
-        run, result = _earlier_run(run_parent, experiment, fence=fence)
+        run, result = _earlier_run(experiment, fence=task.claim.fence)
+        if task.stopped is not None:
+            return _stopped(about, task.stopped, run=run)
+        # At a rung, too: what is left of its steps is trained with those after it.
+        rung = task.stop_after or 0
+        if result is None and run is not None and evaluation_at(run, rung) is not None:
+            result = {"status": "interrupted", "step": rung, "run_dir": str(run)}
         if result is None:
             result = plain(dataclasses.asdict(train(experiment, resume=run, console=console)))
     except ClaimLost:
@@ -359,6 +231,11 @@ def _train_member(
         return Member(
             **about, status=FAILED, result={}, evaluation={}, error=f"{type(error).__name__}: {error}"
         )
+    if result["status"] == "interrupted" and result["step"] == task.stop_after:
+        record = evaluation_at(Path(result["run_dir"]), result["step"])
+        # Without held-out text there is no evaluation, and so no metric.
+        value = metric_at(record or {}, study, result["step"])
+        return {"step": result["step"], "value": value, "fingerprint": member_hash}
     # A signal stops the whole study, not only this member.
     if result["status"] not in (FINISHED, DIVERGED):
         require_ownership(now=True)
@@ -370,15 +247,41 @@ def _train_member(
     )
 
 
-def _derive_member(
-    study: Study, arm: Derived, seed: int, directory: Path, *, source: Member, fence: int
-) -> Member:
+def _experiment(study: Study, task: Task, directory: Path, *, source_run: Path | None) -> Experiment:
+    """Return the experiment of a member with its directory, to be trained to its next rung or to the end."""
+    plan = member_experiment(study, task.arm.name, task.seed, run=source_run)
+    run = dataclasses.replace(
+        plan.run,
+        directory=str((directory / task.arm.directory / f"seed-{task.seed}").absolute()),
+        # Without trackers nothing shows the group, and runs of earlier versions can be resumed.
+        group=plan.run.group or (study.name if plan.run.trackers else None),
+        stop_after=task.stop_after,
+    )
+    return with_absolute_paths(dataclasses.replace(plan, run=run))
+
+
+def _stopped(about: Mapping[str, Any], reason: str, *, run: Path | None) -> Member:
+    """Return a member that is not trained further, with the state in which its run is."""
+    result = None if run is None else read_result(run)
+    if result is None:  # a seed that was added after the arm was stopped, or a session that was killed
+        return Member(**about, status=STOPPED, result={}, evaluation={}, error=reason)
+    result |= {"status": STOPPED}
+    evaluation = evaluation_at(Path(result["run_dir"]), result["step"]) or {}
+    evaluation = {name: value for name, value in evaluation.items() if name not in ("kind", "time")}
+    return Member(**about, status=STOPPED, result=result, evaluation=evaluation, error=reason)
+
+
+def _derive_member(study: Study, arm: Derived, task: Task, directory: Path, *, source: Member) -> Member:
     """Derive a member from another arm's of the same seed."""
+    seed = task.seed
+    fence = task.claim.fence
     about: dict[str, Any] = {
         "arm": arm.name,
         "seed": seed,
         "fingerprint": member_fingerprint(study, arm.name, seed),
     }
+    if source.status == STOPPED:
+        return Member(**about, status=STOPPED, result={}, evaluation={}, error=f"as {source.arm}")
     # A failure, and so retried: its source may be trained by then.
     if source.status != FINISHED:
         error = f"{source.arm} is {source.status} with this seed, so there is nothing to derive it from"
@@ -400,19 +303,17 @@ def _derive_member(
     return Member(**about, status=FINISHED, result=plain(result), evaluation=plain(evaluation))
 
 
-def _earlier_run(
-    run_parent: Path, experiment: Experiment, *, fence: int
-) -> tuple[Path | None, dict[str, Any] | None]:
+def _earlier_run(experiment: Experiment, *, fence: int) -> tuple[Path | None, dict[str, Any] | None]:
     """Return the newest run of this experiment that can be resumed, and its result if it ended unrecorded.
 
     After a takeover (`fence` above 0), the run belongs to this claim from now on.
     """
-    runs = [path.parent for path in run_parent.glob("[!.]*/config.json")]
+    runs = [path.parent for path in Path(experiment.run.directory).glob("[!.]*/config.json")]
     runs.sort(key=lambda run: (_is_own(run, fence), (run / "config.json").stat().st_mtime), reverse=True)
     for run in runs:
         try:
             # Runs of an earlier version of the arm stay in the directory, and must not be resumed.
-            if fingerprint(read_experiment(run)) != fingerprint(experiment):
+            if _without_rung(read_experiment(run)) != _without_rung(experiment):
                 continue
         except ValueError:  # written by a version with other settings
             continue
@@ -422,6 +323,13 @@ def _earlier_run(
         if any(path.name.isdigit() for path in (run / "checkpoints").glob("*")):
             return run if _is_own(run, fence) else take_over(run, fence), None
     return None, None
+
+
+def _without_rung(experiment: Experiment) -> str:
+    """Return the fingerprint of an experiment, wherever its session is to end."""
+    return fingerprint(
+        dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, stop_after=None))
+    )
 
 
 def _is_own(run: Path, fence: int) -> bool:

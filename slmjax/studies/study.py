@@ -34,6 +34,7 @@ from slmjax.studies.changes import with_changes
 from slmjax.studies.claims import recorded_members
 from slmjax.studies.design import Budget, LearningRates, Match, Recovery
 from slmjax.studies.statistics.results_table import Rules
+from slmjax.studies.stopping import SuccessiveHalving
 from slmjax.telemetry.run_directory import read_log, with_present_names
 from slmjax.training.experiment import Experiment
 
@@ -43,6 +44,7 @@ MEMBERS = "members.jsonl"
 FINISHED = "finished"
 DIVERGED = "diverged"
 FAILED = "failed"
+STOPPED = "stopped early"
 SOURCE_RUN = Path("SOURCE_RUN")  # stands for the run that an arm builds on where that is not known
 
 
@@ -77,6 +79,8 @@ class Study:
     # a difference of the metric up to this counts as none: "equal" is then a verdict (none: it is not)
     equal_within: float | None = None
     smallest_effect: float | None = None  # the smallest difference worth having, for power
+    # arms that are behind on the way are not trained to the end, and have no verdict (none: all are)
+    stopping: SuccessiveHalving | None = None
     # numbers of seeds at which verdicts are drawn, so that seeds may be added (none: once, with all seeds)
     looks: tuple[int, ...] = ()
     confidence: float = 0.95  # of intervals; the probability of any false verdict is at most 1 - confidence
@@ -227,10 +231,10 @@ class Member:
     arm: str
     seed: int
     fingerprint: str  # of its experiment, and of the derivation of a derived member
-    status: str  # "finished", "diverged" or "failed"
+    status: str  # "finished", "diverged", "failed" or "stopped early"
     result: dict[str, Any]  # fields of its result.json; empty if it failed
     evaluation: dict[str, Any]  # last evaluation on all held-out text; empty if there is none
-    error: str | None = None  # reason of a failure
+    error: str | None = None  # reason of a failure, or of stopping early
 
     def metric_value(self, name: str) -> float | None:
         """Return a metric of result or evaluation; None if not finite, or the member did not finish."""
@@ -284,7 +288,7 @@ def member_fingerprint(study: Study, arm: str, seed: int) -> str:
 
 _MEMBER_FIELDS = {"arm": str, "seed": int, "fingerprint": str, "status": str, "result": dict}
 _MEMBER_FIELDS |= {"evaluation": dict}
-_REMOVE_LINE = "remove the line, and the member is trained again or read from its run"
+_REMOVE_RECORD = "remove it, and the member is trained again or read from its run"
 
 
 def member_of(record: Mapping[str, Any], *, name: str) -> Member:
@@ -293,7 +297,7 @@ def member_of(record: Mapping[str, Any], *, name: str) -> Member:
     Raises:
       DamagedFile: it describes none.
     """
-    fields = check_object(record, _MEMBER_FIELDS, optional={"error": str}, name=name, remedy=_REMOVE_LINE)
+    fields = check_object(record, _MEMBER_FIELDS, optional={"error": str}, name=name, remedy=_REMOVE_RECORD)
     known = {field.name: fields[field.name] for field in dataclasses.fields(Member) if field.name in fields}
     return Member(**{**known, "result": with_present_names(fields["result"])})
 

@@ -122,6 +122,8 @@ class RunConfig:
 
     name: str = "run"  # begins the name of the run directory
     steps: int = 1000  # optimizer steps
+    # step after which the session ends as if interrupted, to be resumed; schedules are those of `steps`
+    stop_after: int | None = config_io.added_field(None, before=None)
     # passes over the training text, which set the number of steps once the text is prepared (none: steps)
     epochs: float | None = config_io.added_field(None, before=None)
     seed: int = 0  # of initial parameters and dropout; the order of the data has its own
@@ -144,6 +146,10 @@ class RunConfig:
         if self.steps < 1 or self.log_every < 1:
             raise ValueError(
                 f"run.steps and run.log_every must be at least 1, got {self.steps} and {self.log_every}"
+            )
+        if self.stop_after is not None and self.stop_after < 1:
+            raise ValueError(
+                f"run.stop_after must be at least 1, got {self.stop_after}; none trains to the end"
             )
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ValueError(f"run.epochs must be above 0, got {self.epochs}; none stands for run.steps")

@@ -148,3 +148,12 @@ def _fresh(
         skipped=zero(),
         skipped_in_a_row=zero(),
     )
+
+
+def not_finite(state: TrainState) -> TrainState:
+    """Return the state with parameters of NaN, for an injected fault."""
+    params = {
+        path: leaf * jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        for path, leaf in state.params.items()
+    }
+    return dataclasses.replace(state, params=params)

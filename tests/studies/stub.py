@@ -59,7 +59,7 @@ class StubTrainer:
         run.write_json("config.json", config.to_json(experiment))
         status = self.statuses.get(key, "finished")
         if status == "interrupted":
-            (run.checkpoints / "4").mkdir(parents=True)
+            (run.checkpoints / "4").mkdir(parents=True, exist_ok=True)
         if (error := self.errors.get(key)) is not None:
             raise error
         bits = self.bits.get(key, 2 - 100 * key[0] + 0.1 * key[1] + 3 * key[0] * key[1] ** 2)
