@@ -112,6 +112,8 @@ def _evaluations(loaded: Any, args: Any, data: Any) -> dict[str, Any]:
     results: dict[str, Any] = {}
     if args.text or args.teacher or args.unrounded or data is not None or not others:
         results["text"] = dataclasses.asdict(_evaluate_text(loaded, args, data))
+        # Arrays, which a run keeps in a file of their own.
+        del results["text"]["document_sums"]
     if args.multiple_choice:
         accuracies = (
             evaluation.answer_questions(loaded, path, batch_size=args.batch_size)

@@ -19,16 +19,16 @@ Several windows share a row if they fit, distinguished by segment ids. A documen
 evenly over its scored tokens and always add up to them. So the bytes of a row are exact unless it has a part
 of a cut document, and the bytes of all batches are exact.
 
-Legend: B rows of the global batch, R of them made here, T positions of a row.
+Legend: B rows of the global batch, R of them made here, T positions of a row, G groups of documents.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Int32, Int64, Integer
 
-from slmjax.data.batch import Batch, checked_rows, empty_batch
+from slmjax.data.batch import NO_ROW, Batch, checked_rows, empty_batch
 from slmjax.data.packing import RowPlan, TokenizedDocuments, best_fit_rows, spans_of, write_row
 from slmjax.data.scored import ScoredText
 
@@ -47,6 +47,9 @@ class EvaluationBatches:
     num_tokens: int  # of the documents without BOS, scored or not
     num_bytes: int  # of the scored text, over all batches and processes
     text: ScoredText  # the text that is scored
+    documents: tuple[
+        range, ...
+    ]  # of each plan: numbers of its shards' documents, among all of the evaluation
 
     @property
     def num_rows(self) -> int:
@@ -69,6 +72,35 @@ class EvaluationBatches:
                     write_row(batch, index, plan=plan, row=row, shards=shards, text=self.text)
                     batch.row_ids[index] = number
             yield batch
+
+    def groups_of(self, batch: Batch, *, num_groups: int) -> Int32[np.ndarray, "R T"]:
+        """Return the group of the document at each position; documents are in groups 0, 1, ... in turn.
+
+        Padding is in group 0, and scores nothing.
+        """
+        first_rows = np.cumsum([0, *(len(plan) for _, plan in self.plans)])
+        groups = np.zeros(batch.segment_ids.shape, np.int32)
+        for index, number in enumerate(batch.row_ids.tolist()):
+            if number == NO_ROW:
+                continue
+            source = int(np.searchsorted(first_rows, number, side="right")) - 1
+            _, plan = self.plans[source]
+            row = number - int(first_rows[source])
+            here = plan.documents[int(plan.row_starts[row]) : int(plan.row_starts[row + 1])]
+            # Segment 0 is padding, and the pieces of a row are segments 1, 2, ...
+            of_segments = np.concatenate([[0], (self.documents[source].start + here) % num_groups])
+            groups[index] = of_segments[batch.segment_ids[index]]
+        return groups
+
+    def group_counts(self, num_groups: int) -> tuple[Int64[np.ndarray, "G"], Int64[np.ndarray, "G"]]:
+        """Return the scored tokens of each group of documents, and the bytes of their text."""
+        num_used = min(self.num_documents, num_groups)
+        counts = np.zeros((2, num_used), np.int64)
+        for (shards, _), numbers in zip(self.plans, self.documents, strict=True):
+            _, *scored = _counts_by_document(shards, len(numbers), self.text)
+            for sums, values in zip(counts, scored, strict=True):
+                np.add.at(sums, np.asarray(numbers) % num_groups, values)
+        return counts[0], counts[1]
 
 
 def default_overlap(sequence_length: int) -> int:
@@ -106,6 +138,7 @@ def evaluation_batches(
     if max_documents is not None and max_documents < 1:
         raise ValueError(f"max_documents is {max_documents}: give at least 1, or None for all documents")
     plans: list[tuple[TokenizedDocuments, RowPlan]] = []
+    documents: list[range] = []
     num_documents = num_targets = num_tokens = num_bytes = 0
     for shards in shards_list:
         num_here = len(shards) if max_documents is None else min(len(shards), max_documents - num_documents)
@@ -131,6 +164,7 @@ def evaluation_batches(
             spans=spans,
         )
         plans.append((shards, plan))
+        documents.append(range(num_documents - num_here, num_documents))
         num_targets += targets
         num_bytes += text_bytes
     if not plans and num_tokens:
@@ -152,16 +186,22 @@ def evaluation_batches(
         num_tokens=num_tokens,
         text=text,
         num_bytes=num_bytes,
+        documents=tuple(documents),
     )
 
 
 def _counts(shards: TokenizedDocuments, num_documents: int, text: ScoredText) -> tuple[int, int, int]:
     """Return counts of the first documents: tokens but BOS, scored tokens, and bytes of the scored text."""
+    by_document = _counts_by_document(shards, num_documents, text)
+    tokens, targets, num_bytes = (int(counts.sum(dtype=np.int64)) for counts in by_document)
+    return tokens, targets, num_bytes
+
+
+def _counts_by_document(
+    shards: TokenizedDocuments, num_documents: int, text: ScoredText
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     num_tokens = np.maximum(shards.lengths - 1, 0)
     scored, scored_bytes = (
         (num_tokens, shards.num_bytes) if text is ScoredText.ALL else (shards.num_scored, shards.scored_bytes)
     )
-    tokens, targets, num_bytes = (
-        int(counts[:num_documents].sum(dtype=np.int64)) for counts in (num_tokens, scored, scored_bytes)
-    )
-    return tokens, targets, num_bytes
+    return num_tokens[:num_documents], scored[:num_documents], scored_bytes[:num_documents]

@@ -2,6 +2,7 @@
 
 Files in reading order:
 
+- document_sums.py: the loss of each document of a held-out text, as a file
 - bits_per_byte.py: loss, perplexity and bits per byte of held-out text
 - compressors.py: gzip and xz on the same text
 - likelihood.py: log-likelihood of continuations
@@ -11,11 +12,13 @@ Files in reading order:
 """
 
 from slmjax.evaluation.bits_per_byte import EvalResult, evaluate
+from slmjax.evaluation.document_sums import DocumentSums, read_document_sums, write_document_sums
 from slmjax.evaluation.efficiency import Efficiency, measure_efficiency
 from slmjax.evaluation.likelihood import Likelihood, log_likelihoods, pair_tokens
 from slmjax.evaluation.multiple_choice import MultipleChoiceResult, answer_questions
 
 __all__ = [
+    "DocumentSums",
     "Efficiency",
     "EvalResult",
     "Likelihood",
@@ -25,4 +28,6 @@ __all__ = [
     "log_likelihoods",
     "measure_efficiency",
     "pair_tokens",
+    "read_document_sums",
+    "write_document_sums",
 ]

@@ -40,6 +40,7 @@ from slmjax.data.scored import ScoredText
 from slmjax.data.shards import TokenShards
 from slmjax.data.tokenizers import FileTokenizer, Tokenizer
 from slmjax.data.windows import EvaluationBatches, default_overlap, evaluation_batches
+from slmjax.evaluation.document_sums import MAX_GROUPS, DocumentSums
 from slmjax.losses import DistillLossConfig, TeacherOutput, evaluation_sums, expected_calibration_error
 from slmjax.models.decoder import Decoder
 from slmjax.models.definition import Definition
@@ -48,7 +49,7 @@ from slmjax.quantization.fake_quantization import weight_formats
 
 log = logging.getLogger(__name__)
 
-# (params, buffers, batch) or (params, buffers, batch, teacher_outputs)
+# (params, buffers, batch) or (params, buffers, batch, teacher_outputs), and groups by name
 EvalStep = Callable[..., dict[str, Array]]
 Sums = dict[str, np.ndarray]
 TeacherCall = Callable[[Batch], tuple[TeacherOutput, ...]]
@@ -81,6 +82,7 @@ class EvalResult:
     eos: SpecialToken | None = None  # last token of a document
     unrounded_loss: float | None = None  # of a quantized run's weights before rounding; None: not evaluated
     unrounded_bits_per_byte: float | None = None
+    document_sums: DocumentSums | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def text(self) -> str:
         """Return a one-line summary, with the comparison with the teachers if there are any."""
@@ -133,7 +135,7 @@ class EvalResult:
 def make_eval_step(
     definition: Definition, *, loss_config: DistillLossConfig | None = None, unrounded: bool = False
 ) -> EvalStep:
-    """Return the compiled `(params, buffers, batch, teacher_outputs) -> losses.evaluation_sums`.
+    """Return the compiled `(params, buffers, batch, teacher_outputs, groups) -> losses.evaluation_sums`.
 
     Args:
       definition: the model.
@@ -147,6 +149,7 @@ def make_eval_step(
         buffers: Mapping[str, Array],
         batch: Batch,
         teacher_outputs: tuple[TeacherOutput, ...] = (),
+        groups: Array | None = None,
     ) -> dict[str, Array]:
         def sums_of(model: Decoder, **teacher_options: Any) -> dict[str, Array]:
             output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions)
@@ -154,7 +157,13 @@ def make_eval_step(
                 output.hidden, output.head, batch.targets, batch.loss_mask, **teacher_options
             )
 
-        sums = sums_of(definition.merge(params, buffers), teachers=teacher_outputs, config=loss_config)
+        sums = sums_of(
+            definition.merge(params, buffers),
+            teachers=teacher_outputs,
+            config=loss_config,
+            groups=groups,
+            num_groups=MAX_GROUPS,
+        )
         if unrounded and weight_formats(definition):
             # In the same step, so that the batch is placed on the devices once.
             sums["unrounded_nll"] = sums_of(definition.merge_untransformed(params, buffers))["nll"]
@@ -190,10 +199,13 @@ def evaluate_batches(
     pending: dict[str, Array] = {}
     for batch in batches:
         # The device works on this batch while the host reads the sums of the previous one and makes the next.
+        inputs = (batch, batches.groups_of(batch, num_groups=MAX_GROUPS))
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            placed = batch if mesh is None else place_batch(batch, mesh, batch_size=batches.batch_size)
+            placed, groups = (
+                inputs if mesh is None else place_batch(inputs, mesh, batch_size=batches.batch_size)
+            )
             outputs = () if teachers is None else (teachers(placed),)
-            running = eval_step(params, buffers, placed, *outputs)
+            running = eval_step(params, buffers, placed, *outputs, groups=groups)
         _add(totals, pending)
         pending = running
         faults.at("evaluation.batch")
@@ -231,6 +243,17 @@ def evaluate_batches(
         sequence_length=plan.sequence_length,
         overlap=plan.overlap,
         seconds=time.monotonic() - started,
+        document_sums=_document_sums(totals["group_nll"], batches),
+    )
+
+
+def _document_sums(group_nll: np.ndarray, batches: EvaluationBatches) -> DocumentSums:
+    tokens, num_bytes = batches.group_counts(MAX_GROUPS)
+    return DocumentSums(
+        nats=group_nll[: len(tokens)],
+        tokens=tokens,
+        bytes=num_bytes,
+        num_documents=batches.num_documents,
     )
 
 

@@ -65,7 +65,8 @@ def read_document_sums(directory: str | Path) -> DocumentSums | None:
     path = Path(directory) / DOCUMENT_SUMS
     remedy = "delete it: the run is then reported without the uncertainty of its held-out text"
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # Opened here: numpy does not close a file that it cannot read.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except FileNotFoundError:
         return None
@@ -77,8 +78,8 @@ def read_document_sums(directory: str | Path) -> DocumentSums | None:
         raise DamagedFile(f"{path} has no {missing}: {remedy}")
     if int(arrays["version"]) != _VERSION:
         raise DamagedFile(
-            f"{path} is of version {int(arrays['version'])}, and this slmjax reads version {_VERSION}: update "
-            f"slmjax, or {remedy}"
+            f"{path} is of version {int(arrays['version'])}, and this slmjax reads version {_VERSION}: "
+            f"update slmjax, or {remedy}"
         )
     shapes = {arrays[name].shape for name in ("nats", "tokens", "bytes")}
     if len(shapes) != 1 or arrays["nats"].ndim != 1 or not np.isfinite(arrays["nats"]).all():

@@ -1,6 +1,6 @@
 """Sums of an evaluation: loss and calibration on the text, and how close a student is to its teachers.
 
-Dims: B batch, T time, C tokens of a chunk, v columns that a device holds, S bins of confidence.
+Dims: B batch, T time, C tokens of a chunk, v columns that a device holds, S bins of confidence, G groups.
 """
 
 import functools
@@ -29,6 +29,8 @@ def evaluation_sums(
     *,
     teachers: Sequence[TeacherOutput] = (),
     config: DistillLossConfig | None = None,
+    groups: Int[Array, "B T"] | None = None,
+    num_groups: int = 0,
 ) -> dict[str, Array]:
     """Return weighted sums over the global batch, in nats and tokens, at temperature 1, without a gradient.
 
@@ -39,17 +41,19 @@ def evaluation_sums(
       token_weights: the loss mask.
       teachers: outputs of other models for the same batch.
       config: how several teachers are averaged; None: the plain mean of their logits.
+      groups: the group of each token, below `num_groups`; None: no sums of groups.
+      num_groups: number of groups.
 
     Returns:
       `nll`, `weight`; for each of `NUM_BINS` bins of confidence, the probability of the likeliest token,
-      `bin_weight`, `bin_confidence` and `bin_correct` [S]; and with teachers `teacher_nll`, `teacher_kl`
-      (teacher || student), `agreement` (both find the same token the likeliest).
+      `bin_weight`, `bin_confidence` and `bin_correct` [S]; with groups `group_nll` [G]; and with teachers
+      `teacher_nll`, `teacher_kl` (teacher || student), `agreement` (both find the same token the likeliest).
     """
     _, sums = sharded_sum(
-        functools.partial(_chunk_loss_for, config or DistillLossConfig(divergence=ForwardKl())),
+        functools.partial(_chunk_loss_for, config or DistillLossConfig(divergence=ForwardKl()), num_groups),
         hidden,
         head,
-        tokens=(targets, token_weights),
+        tokens=(targets, token_weights, groups),
         others=tuple((teacher.hidden, teacher.head) for teacher in teachers),
     )
     return sums
@@ -65,17 +69,21 @@ def expected_calibration_error(bin_weight: Any, bin_confidence: Any, bin_correct
 
 # Cached, so that `chunked_sum` gets the same function in every call.
 @functools.cache
-def _chunk_loss_for(config: DistillLossConfig, shards: communication.Shards) -> ChunkFn:
+def _chunk_loss_for(config: DistillLossConfig, num_groups: int, shards: communication.Shards) -> ChunkFn:
     def chunk_loss(
         hidden: Array, head: Head, tokens: Any, constants: Any
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        (targets, token_weights), teacher_hidden = tokens
+        (targets, token_weights, groups), teacher_hidden = tokens
         _, teacher_heads = constants
         student_logits = logits(hidden, head, shards)
         values = hard_values(student_logits, targets, shards)
         token_weights = token_weights.astype(values.nll.dtype)
         sums = {"nll": weighted_sum(token_weights, values.nll), "weight": jnp.sum(token_weights)}
         sums |= _bins(values, token_weights)
+        if groups is not None:
+            # As in `weighted_sum`: what is not scored adds nothing, also where it is infinite.
+            nll = jnp.where(token_weights == 0.0, 0.0, token_weights * values.nll)
+            sums["group_nll"] = jax.ops.segment_sum(nll, groups, num_segments=num_groups)
         if teacher_heads:
             shared_size = min(head.vocab_size, *(other.vocab_size for other in teacher_heads))
             log_p = teacher_log_probabilities(

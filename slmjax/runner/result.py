@@ -3,6 +3,10 @@
 import dataclasses
 import logging
 
+import numpy as np
+
+from slmjax.evaluation.bits_per_byte import EvalResult
+from slmjax.evaluation.document_sums import DOCUMENT_SUMS, write_document_sums
 from slmjax.telemetry.report import write_report
 from slmjax.telemetry.run_directory import RunDirectory
 
@@ -71,3 +75,15 @@ def write_page(run: RunDirectory) -> None:
         log.warning("report.html could not be written: %s", error.strerror or error)
     except Exception as error:
         log.info("no report.html: %s", error)
+
+
+def write_heldout_documents(run: RunDirectory, evaluation: EvalResult) -> None:
+    """Write the loss of each held-out document, for studies. A run does not fail for this file."""
+    sums = evaluation.document_sums
+    # Of a run that diverged there is nothing to compare.
+    if sums is None or not np.isfinite(sums.nats).all():
+        return
+    try:
+        write_document_sums(sums, run.path)
+    except OSError as error:
+        log.warning("%s could not be written: %s", DOCUMENT_SUMS, error.strerror or error)

@@ -34,7 +34,7 @@ from slmjax.quantization.fake_quantization import phase_of
 from slmjax.runner import quant_phases
 from slmjax.runner.launch import num_parameters
 from slmjax.runner.out_of_memory import explaining_out_of_memory
-from slmjax.runner.result import Result, write_page, write_result
+from slmjax.runner.result import Result, write_heldout_documents, write_page, write_result
 from slmjax.runner.session import Session, open_session, resume_command
 from slmjax.runner.session_record import run_seconds
 from slmjax.stop_signals import INTERRUPTED_STATUS, Stopped, StopSignals
@@ -498,6 +498,8 @@ def finish(loop: Loop, state: TrainState, status: str) -> Result:
             "bits_per_byte": evaluation.bits_per_byte,
         }
         loop.record("eval", documents=evaluation.documents, complete=True, **evaluation.metrics())
+        if jax.process_index() == 0:
+            write_heldout_documents(telemetry.run, evaluation)
     elif status == "finished" and (number := loop.signals.requested()) is not None:
         telemetry.progress.print(
             f"{number.name} received after the last step: the evaluation of the held-out text was cut short. "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slmjax.checkpoints.loading import Loaded, load_model
-from slmjax.evaluation import EvalResult, evaluate
+from slmjax.evaluation import EvalResult, evaluate, write_document_sums
 from slmjax.quantization.ptq.round_to_nearest import Clip, quantize_model
 from slmjax.quantization.rules import QuantRule
 from slmjax.runner import trainer
@@ -40,6 +40,8 @@ def derive(
     derivation.make(Path(source["run_dir"]), out)
     # All held-out text, as at the end of a training: otherwise the arms would not compare.
     evaluation = evaluate_member(load_model(out), experiment)
+    if evaluation.document_sums is not None:
+        write_document_sums(evaluation.document_sums, out)
     result = {name: source[name] for name in INHERITED if name in source}
     # The keys of `trainer.Result`, so that trained and derived members can be analyzed alike.
     result |= {

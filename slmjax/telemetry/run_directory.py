@@ -9,9 +9,10 @@
     run.write_json("result.json", {"session_seconds_by_category": ledger.seconds()})
 
 Files of a run: config.json, model.json, data.json, environment.json, experiment.py (of a run from a file),
-log.jsonl (log-{i}.jsonl of process i > 0), tokenizer/, checkpoints/, result.json, and profile/ if steps were
-traced. Of a run that was resumed they describe the newest session; config-1.json, data-1.json,
-environment-1.json and, where it was replaced, experiment-1.py are those of the first one, and so on.
+log.jsonl (log-{i}.jsonl of process i > 0), tokenizer/, checkpoints/, heldout_documents.npz (the loss of each
+held-out document), result.json, and profile/ if steps were traced. Of a run that was resumed they describe
+the newest session; config-1.json, data-1.json, environment-1.json and, where it was replaced, experiment-1.py
+are those of the first one, and so on.
 
 A run has one process per host on TPU pods and one per GPU under Slurm (docs/hosts.md). jax is imported only
 where devices are queried.

@@ -123,6 +123,31 @@ def test_every_token_is_scored_once_with_the_context_of_its_window() -> None:
     assert measure().loss * 28 == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_loss_of_each_document_is_that_of_the_document_alone() -> None:
+    result = measure(batch_size=2)
+    sums = result.document_sums
+    assert sums is not None and sums.num_documents == 3
+    assert sums.tokens.tolist() == [5, 21, 2] and sums.bytes.tolist() == [8, 40, 2]
+    assert sums.nats.sum() == pytest.approx(result.loss * result.tokens, rel=1e-6)
+    for number, document in enumerate(documents().documents):
+        alone = InMemoryDocuments([document], num_bytes=[int(sums.bytes[number])])
+        batches = evaluation_batches([alone], sequence_length=LENGTH, batch_size=2, overlap=OVERLAP)
+        expected = evaluate_batches(EVAL_STEP, PARAMS, {}, batches)
+        assert sums.nats[number] == pytest.approx(expected.loss * expected.tokens, rel=1e-5)
+
+
+def test_documents_of_several_sources_are_in_groups_in_turn() -> None:
+    batches = evaluation_batches(
+        [documents(), documents()], sequence_length=LENGTH, batch_size=2, overlap=OVERLAP
+    )
+    tokens, num_bytes = batches.group_counts(4)
+    assert tokens.tolist() == [5 + 21, 21 + 2, 2, 5] and num_bytes.tolist() == [8 + 40, 40 + 2, 2, 8]
+    scored = np.zeros(4)
+    for batch in batches:
+        np.add.at(scored, batches.groups_of(batch, num_groups=4), batch.loss_mask)
+    assert scored.tolist() == tokens.tolist()
+
+
 def test_batch_size_changes_nothing() -> None:
     one = measure(batch_size=1)
     several = measure(batch_size=4)
