@@ -24,6 +24,7 @@ from rich.console import Console
 import slmjax
 from slmjax.cli import INTERRUPTED_STATUS
 from slmjax.data.tokenizers import CharTokenizer
+from slmjax.evaluation import read_document_sums
 from slmjax.parallel.mesh import make_mesh
 from slmjax.runner.initial_state import fresh_state
 from slmjax.runner.setup import Setup, set_up
@@ -319,10 +320,14 @@ def test_the_run_directory_holds_all_that_is_needed(story, straight, tmp_path, m
     names = set(
         (
             "config.json model.json data.json environment.json log.jsonl tokenizer checkpoints result.json "
-            "report.html plots"
+            "heldout_documents.npz report.html plots"
         ).split()
     )
     assert {path.name for path in straight.iterdir()} == names | {"experiment.py"}
+    sums = read_document_sums(straight)
+    assert sums is not None and sums.nats.sum() / sums.tokens.sum() == pytest.approx(
+        result_of(straight)["loss"], rel=1e-6
+    )
     # Of a run with four sessions, the files of the first three are kept.
     kept = {f"{name}-{number}.json" for name in ("config", "data", "environment") for number in (1, 2, 3)}
     assert {path.name for path in story.run_dir.iterdir()} == names | kept | {"experiment.py"}
