@@ -24,7 +24,11 @@ from slmjax.training.optim import Optimizer, make_optimizer
 from slmjax.training.state import init_state, state_shapes
 from slmjax.training.step import make_train_step
 
-FILES = sorted((Path(__file__).parents[2] / "experiments").glob("*.py"))
+FILES = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "experiments").glob("*.py"))
+    if "\ndef experiment(" in path.read_text()  # others have studies, or what studies share
+]
 NAMES = [*recipes.BUILT_IN, *map(str, FILES)]
 LENGTH = 32
 ROWS = 2
