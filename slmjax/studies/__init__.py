@@ -29,6 +29,7 @@ Files in reading order:
 - findings.py: comparisons and verdicts; layout.py shows them; text_tables.py aligns their tables.
 - noise.py: the ledger of noise of all studies.
 - sweeps.py: each arm at its own best learning rate.
+- tuning.py: each arm at its own best learning rate; sweeps.py: the former way.
 - report/: the page of a study, its tables for texts, and the data that they show.
 - recovery.py: what quantization-aware training recovers; recovery_layout.py shows it.
 - ablation.py: a study file from its question to its findings.
@@ -97,6 +98,7 @@ from slmjax.studies.study import (
 )
 from slmjax.studies.study_directory import Change, StudyDirectory, load_studies, load_study
 from slmjax.studies.sweeps import ChosenRate, RateSweep, at_rates, best_rates
+from slmjax.studies.tuning import Tuned, TuningUnfinished, choose_rates, tune, tuning_study, unresolved_arms
 
 __all__ = [
     "Change",
@@ -146,6 +148,12 @@ __all__ = [
     "Summary",
     "Verdict",
     "TextSize",
+    "Tuned",
+    "TuningUnfinished",
+    "choose_rates",
+    "tune",
+    "tuning_study",
+    "unresolved_arms",
     "analyze",
     "arm_cost",
     "text_size",

@@ -261,15 +261,15 @@ def nearest_integer(
     guess = min(max(round(start * target / at(start)), low), high) if at(start) > 0 else start
     left = guess
     right = guess
-    reach = max(1, guess // 16)
+    stride = max(1, guess // 16)
     while at(left) > target and left > low:
         right = left
-        left = max(low, left - reach)
-        reach *= 2
+        left = max(low, left - stride)
+        stride *= 2
     while at(right) < target and right < high:
         left = right
-        right = min(high, right + reach)
-        reach *= 2
+        right = min(high, right + stride)
+        stride *= 2
     while right - left > 1:
         rise = at(right) - at(left)
         share = (target - at(left)) / rise if rise > 0 else 0.5
