@@ -28,8 +28,7 @@ Files in reading order:
 - combinators.py: grids, pairs and ladders; study_directory.py: study files, and what is fixed beforehand.
 - findings.py: comparisons and verdicts; layout.py shows them; text_tables.py aligns their tables.
 - noise.py: the ledger of noise of all studies.
-- sweeps.py: each arm at its own best learning rate.
-- tuning.py: each arm at its own best learning rate; sweeps.py: the former way.
+- tuning.py: each arm at its own best learning rate.
 - report/: the page of a study, its tables for texts, and the data that they show.
 - recovery.py: what quantization-aware training recovers; recovery_layout.py shows it.
 - ablation.py: a study file from its question to its findings.
@@ -97,8 +96,16 @@ from slmjax.studies.study import (
     read_members,
 )
 from slmjax.studies.study_directory import Change, StudyDirectory, load_studies, load_study
-from slmjax.studies.sweeps import ChosenRate, RateSweep, at_rates, best_rates
-from slmjax.studies.tuning import Tuned, TuningUnfinished, choose_rates, tune, tuning_study, unresolved_arms
+from slmjax.studies.tuning import (
+    TriedRate,
+    Tuned,
+    TuningUnfinished,
+    at_rates,
+    choose_rates,
+    tune,
+    tuning_study,
+    unresolved_arms,
+)
 
 __all__ = [
     "Change",
@@ -121,7 +128,6 @@ __all__ = [
     "ArmRecovery",
     "ArmSummary",
     "Budget",
-    "ChosenRate",
     "Clip",
     "Comparison",
     "Derived",
@@ -135,7 +141,6 @@ __all__ = [
     "Member",
     "OnChange",
     "PairedDifference",
-    "RateSweep",
     "Derivation",
     "Recovered",
     "RecoveredFraction",
@@ -148,6 +153,7 @@ __all__ = [
     "Summary",
     "Verdict",
     "TextSize",
+    "TriedRate",
     "Tuned",
     "TuningUnfinished",
     "choose_rates",
@@ -158,7 +164,6 @@ __all__ = [
     "arm_cost",
     "text_size",
     "at_rates",
-    "best_rates",
     "bootstrap_interval",
     "decide",
     "expected_deviation",

@@ -16,9 +16,8 @@ import dataclasses
 import enum
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 from slmjax.checkpoints.loading import load_model
 from slmjax.config import fingerprint
@@ -32,7 +31,7 @@ from slmjax.studies.design import Recovery
 from slmjax.studies.statistics.ratios import RecoveredFraction, recovered_fraction
 from slmjax.studies.statistics.samples import PairedDifference, Summary, holm, paired_difference, summarize
 from slmjax.studies.study import FINISHED, Member, Study, member_experiment
-from slmjax.studies.sweeps import ChosenRate, check_chosen
+from slmjax.studies.tuning import Tuned, check_tuned
 from slmjax.telemetry.run_directory import RunLog, read_log
 
 log = logging.getLogger(__name__)
@@ -152,7 +151,7 @@ class ArmRecovery:
     bits_per_number: Summary | None
     tokens_per_second: Summary | None  # in training; None for derived arms
     unrounded: Summary | None  # the metric of the weights before rounding; None if not evaluated
-    rate: ChosenRate | None  # the learning rate, if it was swept
+    tuned: Tuned | None  # the learning rate, if it was tuned
     recoveries: tuple[RecoveryOver, ...]  # for each rounded arm that it is compared with
 
 
@@ -175,7 +174,7 @@ def report_recovery(
     members: Sequence[Member],
     measurements: Sequence[Measurement] = (),
     *,
-    rates: Mapping[str, ChosenRate] = MappingProxyType({}),
+    tuned: Sequence[Tuned] = (),
 ) -> RecoveryReport:
     """Report on a study, which need not be complete.
 
@@ -183,11 +182,11 @@ def report_recovery(
       study: with the roles of its arms, `Study.recovery`.
       members: as returned by `run_study` and `read_members`.
       measurements: as returned by `measure`.
-      rates: of arms whose learning rate was swept (`sweeps.best_rates`).
+      tuned: the learning rates of arms that were tuned, as `tune` returned them.
     """
     recovery = _roles(study)
-    for name, chosen in rates.items():
-        check_chosen(study, name, chosen)
+    check_tuned(study, tuned)
+    rates = {choice.arm: choice for choice in tuned}
     # All fractions first: Holm's correction needs every p value.
     fractions = [_fraction(study, members, *pair) for pair in recovery.pairs]
     # All recoveries of a report are one family of tests.
@@ -209,7 +208,7 @@ def report_recovery(
             measurements,
             arm.name,
             tuple(recoveries.get(arm.name, ())),
-            rate=rates.get(arm.name),
+            tuned=rates.get(arm.name),
         )
         for arm in study.arms
     )
@@ -257,7 +256,7 @@ def _arm(
     arm: str,
     recoveries: tuple[RecoveryOver, ...],
     *,
-    rate: ChosenRate | None,
+    tuned: Tuned | None,
 ) -> ArmRecovery:
     reference_arm = _roles(study).reference
     metric, reference = (_by_seed(study.metric, members, name) for name in (arm, reference_arm))
@@ -286,7 +285,7 @@ def _arm(
         bits_per_number=measured("bits_per_number"),
         tokens_per_second=_summary(speeds),
         unrounded=_summary([*_by_seed(f"unrounded_{study.metric}", members, arm).values()]),
-        rate=rate,
+        tuned=tuned,
         recoveries=recoveries,
     )
 
@@ -321,8 +320,8 @@ def _notes(study: Study, members: Sequence[Member], arms: Sequence[ArmRecovery])
             reason = f" ({member.error})" if member.error else ""
             notes.append(f"{member.arm}, seed {member.seed}: {member.status}{reason}, and left out.")
     for arm in arms:
-        if arm.rate is not None:
-            notes += [f"{arm.arm}: {note}" for note in arm.rate.notes(study.metric)]
+        if arm.tuned is not None:
+            notes += [f"{arm.arm}: {note}" for note in arm.tuned.notes()]
         for over in arm.recoveries:
             notes += [f"{arm.arm}: {note}" for note in _notes_on(study, over)]
     return notes

@@ -86,8 +86,8 @@ def recovery_text_tables(report: RecoveryReport) -> list[TextTable]:
     if any(arm.unrounded is not None for arm in report.arms):
         columns.append(with_deviation([arm.unrounded for arm in report.arms]))
         head += (f"{in_words(report.metric)} before rounding",)
-    if any(arm.rate is not None for arm in report.arms):
-        columns.append([ABSENT if arm.rate is None else f"{arm.rate.rate:g}" for arm in report.arms])
+    if any(arm.tuned is not None for arm in report.arms):
+        columns.append([ABSENT if arm.tuned is None else f"{arm.tuned.rate:g}" for arm in report.arms])
         head += ("best learning rate",)
     text_tables = [TextTable(title=title, head=head, rows=tuple(zip(*columns, strict=True)))]
     if rows := tuple(_recovery_row(arm.arm, over) for arm in report.arms for over in arm.recoveries):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slmjax.studies.arms import Arm
+from slmjax.studies.arms import Arm, Derived
 from slmjax.studies.costs import known_vocab_size
 from slmjax.studies.running import run_study
 from slmjax.studies.study import DIVERGED, FAILED, FINISHED, Member, Study
@@ -127,9 +127,10 @@ def tuning_study(study: Study) -> Study:
         raise ValueError(
             f"seeds {common} choose the learning rates and are seeds of the study: give tune other seeds"
         )
+    sources = _Sources(study)
     # Each rate is an arm of an ordinary study, which can be interrupted, resumed and shared by workers.
     arms = tuple(
-        _at_rate(arm, rate, name=_name(arm.name, rate))
+        dataclasses.replace(_at_rate(arm, rate, name=_name(arm.name, rate)), after=sources.of(study, arm))
         for arm in study.arms
         if isinstance(arm, Arm)
         for rate in _grid(study, arm.name)
@@ -137,13 +138,53 @@ def tuning_study(study: Study) -> Study:
     return Study(
         name=f"{study.name}, learning rates",
         base=study.base,
-        arms=arms,
+        arms=(*sources.arms, *arms),
         seeds=study.tune.seeds,
         # A study needs a baseline; no verdicts are drawn from a sweep.
         baseline=arms[0].name,
         metric=study.metric,
         lower_is_better=study.lower_is_better,
+        earlier=tuple(sources.earlier.values()),
     )
+
+
+class _Sources:
+    """Arms whose runs others build on, at their own rates with the tuning seeds, as arms of the sweep."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self.arms: list[Arm | Derived] = []
+        self.earlier: dict[str, Study] = {}
+
+    def of(self, study: Study, arm: Arm) -> str | tuple[str, str] | None:
+        """Return what an arm of the sweep is after, once that is part of the sweep."""
+        if arm.after is None or isinstance(arm.after, str):
+            return None if arm.after is None else self._add(study, arm.after)
+        name, source = arm.after
+        earlier = next(each for each in study.earlier if each.name == name)
+        # A single run for all seeds, such as a teacher, is for the tuning seeds, too.
+        if len(earlier.seeds) == 1:
+            self.earlier[name] = earlier
+            return name, source
+        return self._add(earlier, source)
+
+    def _add(self, study: Study, name: str) -> str:
+        arm = study.arm(name)
+        label = name if study is self._study else f"{study.name}: {name}"
+        if any(added.name == label for added in self.arms):
+            return label
+        added = (
+            dataclasses.replace(arm, name=label, source=self._add(study, arm.source))
+            if isinstance(arm, Derived)
+            else dataclasses.replace(
+                arm,
+                name=label,
+                experiment=study.base if arm.experiment is None else arm.experiment,
+                after=self.of(study, arm),
+            )
+        )
+        self.arms.append(added)
+        return label
 
 
 def choose_rates(study: Study, members: Sequence[Member]) -> tuple[Tuned, ...]:
@@ -184,6 +225,22 @@ def at_rates(study: Study, tuned: Sequence[Tuned]) -> Study:
         for arm in study.arms
     )
     return dataclasses.replace(study, arms=arms)
+
+
+def check_tuned(study: Study, tuned: Sequence[Tuned]) -> None:
+    """Raise ValueError if an arm is not trained at its chosen rate, or a seed of the study chose it."""
+    for choice in tuned:
+        if common := sorted({*choice.seeds} & {*study.seeds}):
+            raise ValueError(
+                f"seeds {common} chose the learning rate of {choice.arm!r} and are seeds of the study: tune "
+                "with other seeds"
+            )
+        rate = study.experiment(choice.arm, study.seeds[0]).optim.lr
+        if rate != choice.rate:
+            raise ValueError(
+                f"{choice.arm!r} is trained at optim.lr={rate:g}, but {choice.rate:g} was chosen for it: use "
+                "the study that tune or at_rates returned"
+            )
 
 
 def unresolved_arms(study: Study, tuned: Sequence[Tuned]) -> tuple[str, ...]:

@@ -19,15 +19,15 @@ from slmjax.studies import (
     Arm,
     Derivation,
     Derived,
+    LearningRates,
     Member,
     OnChange,
-    RateSweep,
     Recovered,
     Recovery,
     Study,
     analyze,
     at_rates,
-    best_rates,
+    choose_rates,
     derived,
     member_experiment,
     read_members,
@@ -36,6 +36,7 @@ from slmjax.studies import (
     recovery_table,
     report_recovery,
     run_study,
+    tuning_study,
     write_recovery,
 )
 from slmjax.studies.recovery import Measurement
@@ -383,47 +384,31 @@ def test_an_arm_is_measured_against_each_way_of_rounding() -> None:
 
 
 def test_each_arm_is_trained_at_its_own_best_rate(tmp_path: Path) -> None:
-    arms = tuple(Arm(name=name, experiment=experiment()) for name in ("full", "QAT"))
-    sweep = RateSweep(name="rates", arms=arms, rates=(2e-3, 5e-4, 1e-3), seed=9)
+    rates = LearningRates(rates=(2e-3, 5e-4, 1e-3), seeds=(9,))
+    study = dataclasses.replace(asked(), tune=rates)
     bits = {(rate, 9): value for rate, value in ((5e-4, 1.5), (1e-3, 1.4), (2e-3, 1.45))}
-    ran = run_study(sweep.study(), tmp_path, train=StubTrainer(bits=bits))
-    chosen = best_rates(sweep, ran)
-    assert {name: one.rate for name, one in chosen.items()} == {"full": 1e-3, "QAT": 1e-3} and not chosen[
-        "QAT"
-    ].is_highest
+    ran = run_study(tuning_study(study), tmp_path, train=StubTrainer(bits=bits))
     worse = [dataclasses.replace(one, status="diverged") if one.arm == "QAT at 0.001" else one for one in ran]
-    chosen = best_rates(sweep, worse)
-    assert (chosen["full"].rate, chosen["QAT"].rate) == (1e-3, 2e-3) and chosen["QAT"].tried[1] == (
-        1e-3,
-        None,
-    )
-    swept = at_rates((arms[0], Derived(name="rounded", source="full", derivation=Rounded()), arms[1]), chosen)
-    study = dataclasses.replace(asked(), arms=swept)
-    optim = member_experiment(study, "QAT", 1).optim
-    assert optim.lr == 2e-3 and optim.muon_lr == pytest.approx(2 * experiment().optim.muon_lr)
-    report = report_recovery(study, members(), rates=chosen)
-    tried = "0.0005 (1.5000), 0.001 (did not finish), 0.002 (1.4500)"
-    assert report.notes[1:] == (
-        f"QAT: learning rate 0.002, the best bits_per_byte with seed 9 of {tried}.",
-        (
-            "QAT: its best learning rate, 0.002, is the highest that was tried: a higher one may be better "
-            "still."
-        ),
+    tuned = choose_rates(study, worse)
+    full, qat = (choice for choice in tuned if choice.arm in ("full", "QAT"))
+    assert full.is_resolved and 1e-3 < full.rate < 2e-3
+    assert (qat.rate, qat.is_resolved) == (2e-3, False)
+    study = at_rates(study, tuned)
+    assert member_experiment(study, "QAT", 1).optim.lr == 2e-3
+    report = report_recovery(study, members(), tuned=tuned)
+    tried = "0.0005 (1.5000), 0.001 (diverged), 0.002 (1.4500)"
+    notes = [note for note in report.notes if note.startswith("QAT:")]
+    assert f"the best of the grid, bits_per_byte with seed 9 of {tried}" in notes[0]
+    assert notes[1] == (
+        "QAT: its best learning rate is not resolved: 0.002 is the highest that was tried: widen the grid to "
+        "higher rates. Its verdicts are not resolved."
     )
     text = recovery_markdown(report)
     assert "| best learning rate |" in text and "| 0.002 |" in text
-    with pytest.raises(
-        ValueError,
-        match="'full' is trained at optim.lr=0.001, but 0.002 was chosen for it: give the study at_rates",
-    ):
-        report_recovery(study, members(), rates={"full": chosen["QAT"]})
-    with pytest.raises(
-        ValueError,
-        match="seed 1 chose the learning rate of 'QAT' and is one of the study's: sweep with another seed",
-    ):
-        report_recovery(study, members(), rates={"QAT": dataclasses.replace(chosen["QAT"], seed=1)})
-    with pytest.raises(ValueError, match="QAT: no run finished at any of the rates 0.002, 0.0005, 0.001"):
-        best_rates(sweep, [one for one in ran if "full" in one.arm])
+    with pytest.raises(ValueError, match="'QAT' is trained at optim.lr=0.002, but 0.004 was chosen for it"):
+        report_recovery(study, members(), tuned=(dataclasses.replace(qat, rate=4e-3),))
+    with pytest.raises(ValueError, match=r"seeds \[1\] chose the learning rate of 'QAT' and are seeds of"):
+        report_recovery(study, members(), tuned=(dataclasses.replace(qat, seeds=(1,)),))
 
 
 def test_parts_must_be_arms() -> None:
