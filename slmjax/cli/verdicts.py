@@ -92,7 +92,7 @@ def _verdict(args: Any) -> int:
     if args.out is not None:
         written = [
             write_findings(findings, Path(args.out)),
-            write_report_files(report_of(findings, results.members), Path(args.out)),
+            write_report_files(report_of(findings, results.members), Path(args.out), needs_page=False),
         ]
     if args.json:
         print_json(

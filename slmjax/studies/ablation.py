@@ -19,6 +19,7 @@ from slmjax.stored_json import read_object
 from slmjax.studies.findings import Findings, analyze, write_findings
 from slmjax.studies.recovery import RecoveryReport, measure, report_recovery
 from slmjax.studies.recovery_layout import write_recovery
+from slmjax.studies.report import write_study_report
 from slmjax.studies.running import run_study
 from slmjax.studies.study import FAILED, Member, OnChange, Study
 from slmjax.studies.study_directory import (
@@ -191,6 +192,7 @@ def conclude(study: Study, members: Sequence[Member], directory: StudyDirectory)
     changes = [change.text for change in directory.changes_since_lock()]
     findings = analyze(study, members, changes=changes)
     write_findings(findings, directory.path)
+    write_study_report(directory.path, findings)
     recovery = None
     if study.recovery is not None:
         recovery = report_recovery(study, members, measure(study, members, directory.path))

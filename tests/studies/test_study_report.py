@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slmjax import config
 from slmjax.cli import main
 from slmjax.studies import analyze, run_study, write_findings
 from slmjax.studies.report import (
@@ -21,6 +22,7 @@ from slmjax.studies.report import (
     log_entry,
     read_report,
     report_of,
+    study_report,
     write_from_data,
     write_report_files,
     write_study_report,
@@ -30,13 +32,16 @@ from slmjax.studies.report.curves import POINTS, curve_charts
 from slmjax.studies.report.documents import latex, latex_text, markdown, members_csv
 from slmjax.studies.report.page import study_page
 from slmjax.studies.report.pareto import Choice, pareto_front
+from slmjax.studies.report.planned import read_planned
 from slmjax.studies.report.sentences import losers, short_summary, summary
 from slmjax.studies.report.verdict_charts import LONGEST_INTERVAL, forest_chart
+from slmjax.studies.study_directory import StudyDirectory
 from slmjax.telemetry.report.charts import COLOURS, DARK_COLOURS
 from slmjax.telemetry.report.reading import read_run
 from tests.browser import holds, installed_browser, look_in_frame
 from tests.studies.sample_findings import ODD_NAMES, sample_findings, sample_report
 from tests.studies.stub import StubTrainer, study
+from tests.studies.stub import experiment as stub_experiment
 from tests.written_run import write_run
 
 # What every page shows, and what only reports with runs have.
@@ -85,7 +90,7 @@ def test_a_report_json_of_a_newer_version_or_a_damaged_one_is_refused(written: P
         read_report(path)
     with pytest.raises(ValueError, match="there is no .*slmjax report STUDY_DIR"):
         read_report(tmp_path / "nowhere.json")
-    with pytest.raises(ValueError, match="no results of a study yet"):
+    with pytest.raises(ValueError, match="no results of a study"):
         write_study_report(tmp_path / "nowhere")
 
 
@@ -301,6 +306,64 @@ def test_the_report_of_a_study_directory(trained: Path) -> None:
     ]
     assert [chart.name for chart in report.curves] == ["held-out"]
     assert "<b>no memory" not in page.read_text() and "c0ffee" in page.read_text()
+
+
+def test_a_study_in_progress_has_the_findings_of_what_has_ended(tmp_path: Path) -> None:
+    defined = study(seeds=(0, 1, 2), equal_within=0.01, question="How fast?")
+    StudyDirectory.create(tmp_path, defined)
+    assert study_report(tmp_path).comparisons[0].difference is None, "nothing has ended"
+    members = run_study(defined, tmp_path, train=StubTrainer())
+    # Without findings.json, and with one that is older than the last members.
+    complete = report_of(analyze(defined, members), members).comparisons
+    assert study_report(tmp_path).comparisons == complete
+    write_findings(analyze(defined, members[:6]), tmp_path)
+    report = study_report(tmp_path)
+    assert report.comparisons == complete and report.equal_within == 0.01 and report.question == "How fast?"
+    write_findings(analyze(defined, members, changes=("one",)), tmp_path)
+    assert study_report(tmp_path).changes == ("one",)
+
+
+def test_members_of_another_experiment_do_not_count(tmp_path: Path) -> None:
+    defined = study(seeds=(0, 1, 2))
+    StudyDirectory.create(tmp_path, defined)
+    run_study(defined, tmp_path, train=StubTrainer())
+    lines = (tmp_path / "members.jsonl").read_text().splitlines()
+    record = json.loads(lines[-1])
+    (tmp_path / "members.jsonl").write_text(
+        "\n".join([*lines[:-1], json.dumps({**record, "fingerprint": "f" * 16})]) + "\n"
+    )
+    arms = {arm.name: arm.seeds for arm in study_report(tmp_path).arms}
+    assert arms == {"slow": (0, 1, 2), "fast & loose": (0, 1, 2), "third": (0, 1)}
+
+
+def test_what_was_planned_is_shown(trained: Path) -> None:
+    """Costs that were counted, what was made equal, and the rates that were chosen."""
+    experiment = config.to_json(stub_experiment())
+    match = {"arm": "third", "quantity": "flops", "dimension": "steps", "target": 1e12, "before": 2e12}
+    match |= {"after": 1.005e12, "value_before": 20, "value_after": 10, "tolerance": 0.01}
+    plan = {
+        "size": "large",
+        "arms": {"slow": {"experiment": experiment}, "rounded": {"derived_from": "slow"}},
+        "costs": {"slow": {"flops": 1e12, "parameters": 5, "epochs": None}},
+        "matched": [match, {**match, "after": 1.02e12}],
+    }
+    tried = [{"rate": 1e-3, "value": 1.5, "status": "finished"}, {"rate": 2e-3, "value": None}]
+    tuned = [{"arm": "slow", "rate": 1e-3, "tried": tried, "seeds": [1000], "is_resolved": False}]
+    (trained / "plan.json").write_text(json.dumps(plan))
+    (trained / "tuned.json").write_text(json.dumps(tuned))
+    planned = read_planned(trained)
+    assert planned.costs == {"slow": {"flops": 1e12, "parameters": 5.0}} and planned.size == "large"
+    assert [(item.is_met, item.changed) for item in planned.matched] == [
+        (True, "steps 20 to 10"),
+        (False, "steps 20 to 10"),
+    ]
+    [rate] = planned.tuned
+    assert rate.tried == ((1e-3, 1.5), (2e-3, None)) and not rate.is_resolved
+    assert planned.derived_from == {"rounded": "slow"}
+    assert planned.experiments["slow"].config == experiment
+    (trained / "plan.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"plan\.json.*restore the file"):
+        read_planned(trained)
 
 
 def test_a_damaged_run_does_not_hide_the_others(trained: Path) -> None:

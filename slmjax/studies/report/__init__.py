@@ -19,7 +19,9 @@ Files in reading order:
 - documents.py: Markdown, LaTeX and CSV
 - entries.py: entries of a log of questions
 - curves.py: learning curves over seeds
+- planned.py: what a study's directory has of its plan
 - gathering.py: a report from findings and run directories
+- progress.py: findings of a study that has not ended
 - files.py: all files of a report
 """
 

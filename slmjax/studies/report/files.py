@@ -9,11 +9,12 @@ from pathlib import Path
 
 from slmjax.atomic_files import write_text
 from slmjax.stored_json import read_object
-from slmjax.studies.findings import Findings, read_findings
+from slmjax.studies.findings import Findings
 from slmjax.studies.report.data import REPORT, StudyReport, read_report, write_report_data
 from slmjax.studies.report.documents import latex, markdown, members_csv, verdicts_csv
 from slmjax.studies.report.gathering import gather
 from slmjax.studies.report.page import study_page
+from slmjax.studies.report.progress import findings_so_far
 from slmjax.studies.report.verdict_charts import forest_picture
 from slmjax.telemetry.report.charts import converter
 from slmjax.telemetry.report.page import write_page
@@ -51,39 +52,30 @@ def write_study_report(directory: str | Path, findings: Findings | None = None) 
     Args:
       directory: of the study, complete or not; or one with report.json alone, from which the other files are
         written.
-      findings: the results; None for those in findings.json.
+      findings: the results; None for those in findings.json, or those of the members that ended so far.
 
     Raises:
       ValueError: the directory is not one of a study, or a file cannot be written.
       DamagedFile: a file of the study is damaged.
     """
     directory = Path(directory)
-    report = study_report(directory, findings)
-    try:
-        converter()
-    except ValueError as error:
-        # A study that took hours must not end in an error because of its page.
-        log.warning("no %s: %s", PAGE, error)
-        write_texts(report, directory)
-        return directory / MARKDOWN
-    return write_report_files(report, directory)
+    # A study that took hours must not end in an error because of its page.
+    return write_report_files(study_report(directory, findings), directory, needs_page=False)
 
 
 def study_report(directory: str | Path, findings: Findings | None = None) -> StudyReport:
     """Return the report of a study's directory, as `write_study_report` does. Nothing is written."""
     directory = Path(directory)
+    findings = findings or findings_so_far(directory)
     if findings is not None:
         return gather(directory, findings)
-    try:
-        return gather(directory, read_findings(directory))
-    except FileNotFoundError as error:
-        # A study that is shipped has neither runs nor findings of its own.
-        if (directory / REPORT).is_file():
-            return read_report(directory / REPORT)
-        raise ValueError(
-            f"{directory} has no results of a study yet: `slmjax ablate {directory}` trains it and writes "
-            "findings.json"
-        ) from error
+    # A study that is shipped has neither runs nor findings of its own.
+    if (directory / REPORT).is_file():
+        return read_report(directory / REPORT)
+    raise ValueError(
+        f"{directory} has no results of a study: `slmjax ablate STUDY.py` trains one, and `slmjax verdict "
+        "RESULTS --out DIRECTORY` judges runs from elsewhere"
+    )
 
 
 def write_from_data(data: str | Path, directory: str | Path) -> Path:
@@ -99,14 +91,27 @@ def write_from_data(data: str | Path, directory: str | Path) -> Path:
     return write_report_files(read_report(data), directory)
 
 
-def write_report_files(report: StudyReport, directory: str | Path) -> Path:
+def write_report_files(report: StudyReport, directory: str | Path, *, needs_page: bool = True) -> Path:
     """Write all files of a report to a directory, and return the path of the page.
 
+    Args:
+      report: the report.
+      directory: where to write; created if it does not exist.
+      needs_page: whether a page that cannot be drawn is an error; otherwise the log says why there is none,
+        and the path is that of report.md.
+
     Raises:
-      ValueError: the `plot` extra is not installed; all files but the page are written.
+      ValueError: the page is needed, and the `plot` extra is not installed; all other files are written.
     """
     directory = Path(directory)
     write_texts(report, directory)
+    try:
+        converter()
+    except ValueError as error:
+        if needs_page:
+            raise
+        log.warning("no %s: %s", PAGE, error)
+        return directory / MARKDOWN
     page = write_page(directory / PAGE, study_page(report))
     # For a README, which cannot embed a page.
     if any(item.difference is not None for item in report.comparisons):

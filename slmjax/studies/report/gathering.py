@@ -27,6 +27,7 @@ from slmjax.studies.report.data import (
     SettingReport,
     StudyReport,
 )
+from slmjax.studies.report.planned import Planned, read_planned
 from slmjax.studies.statistics.samples import Interval, PairedDifference, Summary
 from slmjax.studies.study import DIVERGED, FAILED, FINISHED, MEMBERS, Member
 from slmjax.telemetry.report.comparison import shown_differences
@@ -80,25 +81,32 @@ def gather(directory: str | Path, findings: Findings) -> StudyReport:
       findings: the results.
     """
     directory = Path(directory)
-    members = recorded_members(directory, findings)
+    arms = tuple(arm.arm for arm in findings.arms)
+    members = recorded_members(directory, arms=arms, seeds=findings.seeds)
     report = report_of(findings, members)
     runs, notes = _read_runs(directory, members)
     statuses = {(member.arm, member.seed): member.status for member in members}
-    settings_of, settings = _settings(findings, runs)
+    planned = read_planned(directory)
+    settings_of, settings = _settings(findings, runs, planned)
     return dataclasses.replace(
         report,
         date=_newest_date(directory),
+        arms=tuple(_with_plan(arm, planned) for arm in report.arms),
+        matched=planned.matched,
+        tuned=planned.tuned,
         curves=curve_charts(runs, statuses=statuses, metric=findings.metric),
         settings_of=settings_of,
         settings=settings,
         environment=_environment(list(runs.values())),
-        commands=_commands(directory, list(runs.values())),
+        commands=_commands(directory, list(runs.values()), planned),
         notes=(*report.notes, *notes),
     )
 
 
-def recorded_members(directory: str | Path, findings: Findings) -> tuple[Member, ...]:
-    """Return the members in members.jsonl that the findings are about, the last record of each."""
+def recorded_members(
+    directory: str | Path, *, arms: Sequence[str], seeds: Sequence[int]
+) -> tuple[Member, ...]:
+    """Return the members of these arms and seeds in members.jsonl, the last record of each."""
     path = Path(directory) / MEMBERS
     fields = {"arm": str, "seed": int, "fingerprint": str, "status": str, "result": dict, "evaluation": dict}
     remedy = "remove the line, and the member is read from its run the next time the study is run"
@@ -109,7 +117,7 @@ def recorded_members(directory: str | Path, findings: Findings) -> tuple[Member,
         known = {name: value for name, value in record.items() if name in names}
         member = Member(**{**known, "result": with_present_names(record["result"])})
         latest[member.arm, member.seed] = member
-    keys = [(arm.arm, seed) for seed in findings.seeds for arm in findings.arms]
+    keys = [(arm, seed) for seed in seeds for arm in arms]
     return tuple(latest[key] for key in keys if key in latest)
 
 
@@ -281,12 +289,19 @@ def _run_directory(directory: Path, member: Member) -> Path | None:
     return next((each for each in (path, inside) if (each / "config.json").is_file()), None)
 
 
+def _with_plan(arm: ArmReport, planned: Planned) -> ArmReport:
+    """Return an arm with the costs that were counted beforehand; those that were measured count more."""
+    about = f"derived from {planned.derived_from[arm.name]}" if arm.name in planned.derived_from else ""
+    return dataclasses.replace(arm, about=about, costs={**planned.costs.get(arm.name, {}), **arm.costs})
+
+
 def _settings(
-    findings: Findings, runs: Mapping[tuple[str, int], RunRecords]
+    findings: Findings, runs: Mapping[tuple[str, int], RunRecords], planned: Planned
 ) -> tuple[tuple[str, ...], tuple[SettingReport, ...]]:
-    """Return the arms with a run, and the settings that differ between them."""
+    """Return the arms whose settings are known, and the settings that differ between them."""
     # The first seed stands for all: seeds of an arm differ in the seed alone.
-    first = {arm: run for (arm, _), run in sorted(runs.items(), key=lambda item: -item[0][1])}
+    trained = {arm: run for (arm, _), run in sorted(runs.items(), key=lambda item: -item[0][1])}
+    first = {**planned.experiments, **trained}
     arms = [arm.arm for arm in findings.arms if arm.arm in first]
     if len(arms) < 2:
         return (), ()
@@ -325,14 +340,15 @@ def _devices_text(devices: Sequence[Any]) -> str:
     return ", ".join(f"{devices.count(kind)} x {kind}" for kind in kinds)
 
 
-def _commands(directory: Path, runs: Sequence[RunRecords]) -> tuple[str, ...]:
+def _commands(directory: Path, runs: Sequence[RunRecords], planned: Planned) -> tuple[str, ...]:
     """Return the commands that train and report the study again."""
     commits = dict.fromkeys(
         str((run.result or {}).get("commit"))[:12] for run in runs if (run.result or {}).get("commit")
     )
     commands = [f"git checkout {commit}" for commit in list(commits)[:1]]
     if (directory / "study.py").is_file():
-        commands.append("slmjax ablate study.py")
+        is_default = planned.size in (None, "small")
+        commands.append(f"slmjax ablate study.py{'' if is_default else f' --budget {planned.size}'}")
     return (*commands, f"slmjax report {directory.name}")
 
 

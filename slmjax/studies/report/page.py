@@ -86,7 +86,7 @@ def _add_method(page: _Page, report: StudyReport) -> None:
         _table(tuning_table(report)),
         _tuning_notes(report),
     )
-    page.section("Power and noise", _paragraphs(noise_sentences(report)), _table(noise_table(report)))
+    page.section("Power and noise", _list(noise_sentences(report)), _table(noise_table(report)))
     page.section("Uncertainty of the held-out text", _table(text_table(report)))
     matched = [item.text for item in report.matched if item.text]
     page.section("Quantities made equal", _table(matching_table(report)), _list(matched))

@@ -86,7 +86,8 @@ def arms_table(report: StudyReport) -> TextTable:
     }
     # An interval needs two seeds: of a study with one, the column would be empty.
     columns = {name: cells for name, cells in columns.items() if any(cell != ABSENT for cell in cells)}
-    rows = tuple((arm.name, *cells) for arm, *cells in zip(report.arms, *columns.values(), strict=True))
+    names = [f"{arm.name} ({arm.about})" if arm.about else arm.name for arm in report.arms]
+    rows = tuple((name, *cells) for name, *cells in zip(names, *columns.values(), strict=True))
     title = f"Arms: {metric_words(report)}; seeds {listed(report.seeds)}"
     return TextTable(title=title, head=("arm", *columns), rows=rows)
 
