@@ -109,11 +109,11 @@ def losers(report: StudyReport) -> list[str]:
         if item.verdict == WORSE
     ]
     # The other side of a verdict: the baseline loses, too.
-    sentences += [
-        f"{item.against} loses to {item.arm}, by {difference_text(item)}."
-        for item in report.comparisons
-        if item.verdict == BETTER
-    ]
+    winners: dict[str, list[str]] = {}
+    for item in report.comparisons:
+        if item.verdict == BETTER:
+            winners.setdefault(item.against, []).append(f"{item.arm} ({difference_text(item)})")
+    sentences += [f"{arm} loses to {', '.join(names)}." for arm, names in winners.items()]
     for arm in report.arms:
         if arm.diverged or arm.failed:
             parts = [f"{arm.diverged} diverged"] * bool(arm.diverged)
