@@ -248,7 +248,8 @@ def test_verdicts_in_words() -> None:
     )
     assert short_summary(report) == "better: deep; equal: narrow; not resolved: odd; worse: wide"
     lost = losers(report)
-    assert lost[0].startswith("wide is worse than base: +0.039") and lost[1].startswith("base loses to deep (−0.0")
+    assert lost[0].startswith("wide is worse than base: +0.039")
+    assert lost[1].startswith("base loses to deep (−0.0")
     assert lost[-1] == "odd: of 3 runs, 1 diverged and 1 failed."
     many = dataclasses.replace(
         report, comparisons=tuple(dataclasses.replace(report.comparisons[0], arm=f"a{i}") for i in range(5))
