@@ -17,5 +17,6 @@ Files in reading order:
 - dry_run.py: `plan_run`, what a run would be
 - trainer.py: `train`, the loop
 - population_loop.py: the loop over the steps of a population
+- population_pace.py: which experiments share a program, and whether that pays
 - population.py: `train_population`, several runs in one program
 """

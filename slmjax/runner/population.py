@@ -6,7 +6,6 @@
 Members of a population may differ in seeds, names and numbers of the optimizer, such as learning rates.
 """
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,9 +14,9 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from slmjax import config as config_io
 from slmjax.planning.memory import OutOfMemory, first_line, is_out_of_memory
 from slmjax.runner.population_loop import Population
+from slmjax.runner.population_pace import Pace, differences, population_pays, share_a_program
 from slmjax.runner.result import Result
 from slmjax.runner.session import NOTHING_LOST, Session, open_session
 from slmjax.runner.trainer import train
@@ -25,86 +24,13 @@ from slmjax.stop_signals import StopSignals
 from slmjax.telemetry.messages import MessageHandler
 from slmjax.telemetry.progress import Progress
 from slmjax.training.experiment import Experiment
-from slmjax.training.optim import OptimConfig
 from slmjax.training.programs import resolved_phases
+
+__all__ = ["Pace", "population_pays", "share_a_program", "train_population"]
 
 log = logging.getLogger(__name__)
 
 
-# Experiments that share a program ---------------------------------------------------------------------------
-def share_a_program(a: Experiment, b: Experiment) -> bool:
-    """Return whether two experiments may be trained as members of one population.
-
-    They may differ in names, directories, seeds of parameters and data, and in numbers of the step: learning
-    rates and their schedule, weight decay, decay of moments and averages, eps, clipping, z-loss. What a
-    number turns off altogether, such as `optim.grad_clip=None`, must be off in both.
-    """
-    return _program_of(a) == _program_of(b) and resolved_phases(a) == resolved_phases(b)
-
-
-def _program_of(experiment: Experiment) -> Experiment:
-    """Return the experiment with the same values for all that members of a population may differ in."""
-    optim = experiment.optim
-    same = OptimConfig()
-    free = ("lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_fraction", "betas", "eps")
-    free += ("weight_decay", "muon_lr", "muon_momentum")
-    values = {name: getattr(same, name) for name in free}
-    # Without one of these, the program has neither its state nor its arithmetic.
-    values |= {
-        name: None if getattr(optim, name) is None else 0.5 for name in ("grad_clip", "scale_lr", "ema_decay")
-    }
-    return dataclasses.replace(
-        experiment,
-        optim=dataclasses.replace(optim, **values),
-        objective=dataclasses.replace(experiment.objective, z_loss=0.0),
-        data=dataclasses.replace(experiment.data, seed=0),
-        run=dataclasses.replace(experiment.run, seed=0, name="run", directory="runs"),
-    )
-
-
-# Whether it pays --------------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pace:
-    """Measured pace of members that are trained in turn, and of all of them together."""
-
-    num_members: int
-    seconds_in_turn: float  # one step of each member, one after another
-    seconds_together: float  # one step of all of them in one program; infinite if that was not possible
-    note: str = ""  # why the members cannot be trained together, if so
-
-    @property
-    def ratio(self) -> float:
-        """Tokens per second together, over those in turn."""
-        return self.seconds_in_turn / self.seconds_together
-
-    @property
-    def pays(self) -> bool:
-        """Return whether the members are to be trained together."""
-        return self.ratio > 1.0
-
-    def text(self) -> str:
-        """Return the measurement and the choice that follows from it in one sentence."""
-        choice = "together" if self.pays else "in turn"
-        if self.note:
-            return f"{self.num_members} members are trained {choice}: {self.note}"
-        return (
-            f"{self.num_members} members are trained {choice}: one program for all of them has "
-            f"{self.ratio:.2f} times the tokens per second of one after another"
-        )
-
-
-def population_pays(experiments: Sequence[Experiment]) -> Pace:
-    """Measure a few steps of a population against as many of its members in turn.
-
-    Raises:
-      ValueError: the experiments do not share a program, or one of them does not fit its data or mesh.
-    """
-    return Pace(
-        num_members=len(experiments), seconds_in_turn=1.0, seconds_together=1.0, note="nothing is measured"
-    )
-
-
-# Training ---------------------------------------------------------------------------------------------------
 def train_population(
     experiments: Sequence[Experiment],
     *,
@@ -162,14 +88,8 @@ def check_population(experiments: Sequence[Experiment], runs: Sequence[str | Pat
         if not share_a_program(experiments[0], experiment):
             raise ValueError(
                 f"members 0 and {number} of the population do not share a program, they differ in "
-                f"{_differences(experiments[0], experiment)}: train them one after another"
+                f"{differences(experiments[0], experiment)}: train them one after another"
             )
-
-
-def _differences(a: Experiment, b: Experiment) -> str:
-    """Name the settings that keep two experiments from sharing a program."""
-    pairs = config_io.differences(config_io.to_json(_program_of(a)), config_io.to_json(_program_of(b)))
-    return ", ".join(path for path, _ in pairs) or "the steps at which phases of quantization begin"
 
 
 def _open_sessions(

@@ -174,10 +174,7 @@ class Population:
             loop.setup.teacher_outputs(place_batch(batch, loop.setup.mesh), first.step)
             for loop, batch in zip(self.loops, batches, strict=True)
         ]
-        return tuple(
-            TeacherOutput(hidden=_stacked([output.hidden for output in of_teacher]), head=of_teacher[0].head)
-            for of_teacher in zip(*outputs, strict=True)
-        )
+        return stacked_outputs(outputs)
 
     def _member(self, state: TrainState | None, number: int) -> TrainState:
         assert state is not None and self._programs is not None
@@ -269,6 +266,14 @@ class Population:
         waiting = sum(loop.batches.waiting_seconds for loop in self.loops)
         self._meter.restart(tokens=sum(self._fed), waiting=waiting)
         self.loops[self.active[0]].telemetry.cache.report()
+
+
+def stacked_outputs(outputs: Sequence[tuple[TeacherOutput, ...]]) -> tuple[TeacherOutput, ...]:
+    """Return the outputs of the teachers for the batches of all members; the members share the heads."""
+    return tuple(
+        TeacherOutput(hidden=_stacked([output.hidden for output in of_teacher]), head=of_teacher[0].head)
+        for of_teacher in zip(*outputs, strict=True)
+    )
 
 
 @jax.jit
