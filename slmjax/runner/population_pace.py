@@ -11,6 +11,7 @@ cores does not: a program for all members then only needs more memory.
 import dataclasses
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -236,7 +237,7 @@ def _available_bytes() -> int | None:
     device = jax.local_devices()[0]
     if statistics := device.memory_stats():
         return statistics.get("bytes_limit")
-    if device.platform != "cpu" or not hasattr(os, "sysconf"):
+    if device.platform != "cpu" or sys.platform != "linux":
         return None
     # Each device of a CPU has a part of the same memory.
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(jax.local_devices())
