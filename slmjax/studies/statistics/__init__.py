@@ -6,6 +6,8 @@ Files in reading order:
 - ratios.py: ratios with intervals
 - results_table.py: arms by seeds, and the rules of verdicts
 - two_way.py: noise pooled over arms and seeds, and noisy arms
+- paired_differences.py: paired differences of a table, and tests on them
 - power.py: effects that a number of seeds resolves, and seeds that an effect takes
+- sequential.py: levels of fixed looks
 - verdicts.py: verdicts on comparisons
 """

@@ -21,6 +21,13 @@ class VarianceRule(enum.Enum):
     LARGER = "larger"  # the larger of both, with the pooled degrees of freedom
 
 
+class Spending(enum.Enum):
+    """How the probability of a false verdict is spent over fixed looks (Lan and DeMets, 1983)."""
+
+    OBRIEN_FLEMING = "obrien_fleming"  # nearly all at the last look
+    POCOCK = "pocock"  # about as much at each look
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
     """Everything that turns a table into verdicts, fixed before the first result is seen."""
@@ -30,6 +37,7 @@ class Rules:
     equal_within: float | None = None  # largest difference that counts as none; None: nothing is called equal
     smallest_effect: float | None = None  # the smallest difference worth having, for power
     looks: tuple[int, ...] = ()  # numbers of seeds at which verdicts are drawn; empty: once, at the end
+    spending: Spending = Spending.OBRIEN_FLEMING  # over the looks
     variance: VarianceRule = VarianceRule.LARGER
 
     def __post_init__(self) -> None:

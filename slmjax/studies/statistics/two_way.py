@@ -1,7 +1,7 @@
 """The two-way table arms x seeds: noise pooled over arms, and arms that are noisier than the others.
 
-    fit = fit_two_way(values)              # NaN for a missing cell
-    fit.variance, fit.degrees_of_freedom   # of one run
+    pool = pool_noise(values)                # NaN for a missing cell
+    pool.variance, pool.degrees_of_freedom   # of one run
 
 A value is modelled as an effect of its arm, an effect of its seed, which all arms share, and noise. Of a
 complete table the residuals have (A - 1) (S - 1) degrees of freedom; of one with missing cells, the number of
@@ -18,7 +18,9 @@ from scipy import stats
 
 from slmjax.studies.statistics.samples import ROUNDING
 
-NOISY_LEVEL = 0.05  # of the tests that name noisy arms, over all arms
+NAMED_LEVEL = 0.05  # probability that any arm is called noisy, if all are equally noisy
+APART_LEVEL = 0.05  # the same of a single arm, for setting it apart
+CAP_LEVEL = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,33 +107,90 @@ def brown_forsythe(residuals: Float[np.ndarray, "A S"]) -> float | None:
     return float(stats.f_oneway(*deviations).pvalue)
 
 
-def noisy_arms(values: Float[np.ndarray, "A S"], *, level: float = NOISY_LEVEL) -> Bool[np.ndarray, " A"]:
-    """Return which arms are noisier than the others.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PooledNoise:
+    """The noise that arms have in common."""
+
+    variance: float | None  # of one run; None without degrees of freedom
+    degrees_of_freedom: int
+    is_noisy: Bool[np.ndarray, " A"]  # noisier than the others, at `NAMED_LEVEL` for all arms together
+    is_apart: Bool[np.ndarray, " A"]  # these, and arms that may be, at `APART_LEVEL` for each
+
+
+def pool_noise(values: Float[np.ndarray, "A S"]) -> PooledNoise:
+    """Return the pooled noise of a table, and the arms that it does not describe.
 
     Leaving an arm out of the table lowers the sum of squares of the residuals. For equal and normal noise,
     this part and the rest are independent, and their ratio per degree of freedom has an F distribution. The
-    arm with the smallest p, if that is at most `level` over the number of arms, is named and left out, and
-    the next one is looked for among the others. With fewer than three arms there is no rest to compare with.
+    noisiest arm, if its p is at most `NAMED_LEVEL` over the number of arms, is noisy and left out, and the
+    next one is looked for among the others. Two arms remain at least, since their residuals are each other's
+    negative. The Brown-Forsythe test cannot name arms: with three seeds it notices a fourfold deviation in
+    1 % of studies, this test in 60 %.
+
+    Arms are set apart because the data look so, which has two consequences.
+
+    A noisy arm that does not look so is judged by too small a variance. To name few arms wrongly is the wrong
+    aim: every arm that exceeds the others at `APART_LEVEL` by itself is set apart. A study without effect
+    loses a little power by that, but no false verdict follows.
+
+    The rest looks less noisy than it is if arms of the same noise are left out for their large values. So an
+    arm that is set apart counts in the pooled variance, but with no more than the upper `CAP_LEVEL` point of
+    the F distribution, as large as equal noise makes it only once in a hundred tables (as in a Winsorized
+    variance). Without this, 6 % instead of 5 % of studies with an arm of fourfold noise and three seeds have
+    a false verdict (`benchmarks/verdicts.py`).
     """
+    everything = fit_two_way(values)
+    is_noisy = _named(values)
+    rest = np.flatnonzero(~is_noisy)
+    is_apart = is_noisy.copy()
+    # Against the arms that are not noisy, since noisy ones would hide each other.
+    is_apart[rest] = excess_noise(values[rest]) <= APART_LEVEL
+    if (~is_apart).sum() < 2:
+        is_apart = is_noisy.copy()
+    pool = fit_two_way(values[~is_apart])
+    variance = pool.variance
+    left_out = everything.degrees_of_freedom - pool.degrees_of_freedom
+    if variance and everything.variance and left_out > 0:
+        cap = float(stats.f.isf(CAP_LEVEL, left_out / is_apart.sum(), pool.degrees_of_freedom))
+        capped = pool.sum_of_squares + left_out * cap * variance
+        # No more than what there is.
+        variance = min(capped / everything.degrees_of_freedom, everything.variance)
+    return PooledNoise(
+        variance=variance,
+        degrees_of_freedom=pool.degrees_of_freedom,
+        is_noisy=is_noisy,
+        is_apart=is_apart,
+    )
+
+
+def _named(values: Float[np.ndarray, "A S"]) -> Bool[np.ndarray, " A"]:
     is_noisy = np.zeros(len(values), bool)
     while (remaining := np.flatnonzero(~is_noisy)).size > 2:
-        p_values = _excess_noise(values[remaining])
+        p_values = excess_noise(values[remaining])
         least = int(np.argmin(p_values))
-        if not p_values[least] <= level / len(remaining):
+        if p_values[least] > NAMED_LEVEL / len(remaining):
             break
         is_noisy[remaining[least]] = True
     return is_noisy
 
 
-def _excess_noise(values: Float[np.ndarray, "A S"]) -> Float[np.ndarray, " A"]:
+def excess_noise(values: Float[np.ndarray, "A S"]) -> Float[np.ndarray, " A"]:
     """Return p of the F test that each arm is no noisier than the others; 1 where it cannot be made."""
+    num = len(values)
+    if num < 3:
+        return np.ones(num)
     whole = fit_two_way(values)
-    p_values = np.ones(len(values))
-    for arm in range(len(values)):
-        rest = fit_two_way(np.delete(values, arm, axis=0))
-        degrees = whole.degrees_of_freedom - rest.degrees_of_freedom
-        excess = whole.sum_of_squares - rest.sum_of_squares
-        if rest.sum_of_squares > 0 and degrees > 0 and excess > 0:
-            ratio = excess / degrees / (rest.sum_of_squares / rest.degrees_of_freedom)
-            p_values[arm] = stats.f.sf(ratio, degrees, rest.degrees_of_freedom)
-    return p_values
+    if np.isfinite(values).all():
+        # The contrast of an arm and the mean of the others has all of its residuals.
+        excess = np.square(whole.residuals).sum(axis=1) * num / (num - 1)
+        degrees = np.full(num, values.shape[1] - 1)
+    else:
+        others = [fit_two_way(np.delete(values, arm, axis=0)) for arm in range(num)]
+        excess = np.array([whole.sum_of_squares - other.sum_of_squares for other in others])
+        degrees = np.array([whole.degrees_of_freedom - other.degrees_of_freedom for other in others])
+    rest = whole.sum_of_squares - excess
+    rest_degrees = whole.degrees_of_freedom - degrees
+    # Nothing is noisier than arms whose noise is all of the noise there is, up to rounding.
+    can_test = (degrees > 0) & (rest_degrees > 0) & (rest > ROUNDING * whole.sum_of_squares)
+    ratio = np.divide(excess * rest_degrees, rest * degrees, out=np.zeros(num), where=can_test & (excess > 0))
+    return np.where(can_test, stats.f.sf(ratio, np.maximum(degrees, 1), np.maximum(rest_degrees, 1)), 1.0)

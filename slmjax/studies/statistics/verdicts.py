@@ -12,19 +12,32 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from scipy import stats
 
+from slmjax.studies.statistics.paired_differences import (
+    Estimate,
+    difference_p,
+    equality_p,
+    estimate_difference,
+    paired_values,
+)
 from slmjax.studies.statistics.power import seeds_for_equality, seeds_needed
-from slmjax.studies.statistics.results_table import Rules, Table, VarianceRule
+from slmjax.studies.statistics.results_table import Rules, Table
 from slmjax.studies.statistics.samples import (
-    ROUNDING,
     Interval,
     bootstrap_interval,
     holm,
     holm_with_equality,
 )
-from slmjax.studies.statistics.two_way import brown_forsythe, fit_two_way, noisy_arms, own_variances
+from slmjax.studies.statistics.sequential import nominal_levels, sequential_p_value
+from slmjax.studies.statistics.two_way import (
+    PooledNoise,
+    brown_forsythe,
+    fit_two_way,
+    own_variances,
+    pool_noise,
+)
 
 
 class Verdict(enum.Enum):
@@ -51,8 +64,9 @@ class Noise:
     deviation: float | None  # pooled, of one run; None where no two arms have two seeds in common
     degrees_of_freedom: int
     own: dict[str, float]  # of one run of each arm: of its residuals in the table
-    noisy: tuple[str, ...]  # arms that the pooled deviation leaves out, and that are judged by their own
+    noisy: tuple[str, ...]  # noisier than the others; 5 % of tables with equal noise have any such arm
     equality_p: float | None  # Brown-Forsythe test that all arms are equally noisy
+    apart: tuple[str, ...] = ()  # noisy arms, and those that may be: judged by their own differences
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +83,9 @@ class Judgement:
     variance: str  # which deviation the standard error comes from: "own" or "pooled"
     interval: Interval  # of this comparison alone
     bootstrap_interval: Interval
-    p_value: float  # two-sided, that the mean is zero
-    adjusted_p: float  # over all comparisons: by Holm, or with a margin by `holm_with_equality`
+    p_value: float  # two-sided, that the mean is zero, at this look
+    # over all comparisons, by Holm or with a margin by `holm_with_equality`, and over all looks so far
+    adjusted_p: float
     equal_p: float | None  # larger p of the two one-sided tests against the margin; None without a margin
     adjusted_equal_p: float | None  # over all comparisons
     verdict: Verdict
@@ -83,24 +98,43 @@ class Judged:
 
     noise: Noise
     comparisons: tuple[Judgement | None, ...]  # None for a pair with fewer than two seeds
-    level: float  # significance level spent at this look
-    look: int | None  # number of seeds of the look that counts; None without fixed looks
+    level: float  # of a single test at this look (before the first, at that); without looks 1 - confidence
+    look: int | None  # number of seeds of the latest look, 0 before the first; None without fixed looks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assessed:
+    """The tests of all comparisons, and their verdicts."""
+
+    table: Table  # of the look
+    pool: PooledNoise
+    level: float
+    look: int | None
+    estimates: tuple[Estimate | None, ...]
+    p_values: tuple[float, ...]
+    equal_p: tuple[float, ...]  # 1 without a margin
+    adjusted: tuple[float, ...]
+    adjusted_equal: tuple[float, ...]
+    verdicts: tuple[Verdict, ...]
 
 
 def judge(table: Table, pairs: Sequence[tuple[str, str]], rules: Rules) -> Judged:
     """Judge comparisons of arms by paired t tests with a common noise.
 
     The variance of a pair's difference is `rules.variance` of the pair's own and that of the residuals of the
-    two-way table arms x seeds, pooled over the arms of `pairs`. Arms that are noisier than the others are
-    left out of the pool, and their pairs are judged by their own differences alone. The p values of all pairs
-    are one family, with p = 1 for those that cannot be judged.
+    two-way table arms x seeds, pooled over the arms of `pairs`. Pairs with an arm that is noisier than the
+    others, or may be, are judged by their own differences alone (`pool_noise`). The p values of all pairs are
+    one family, with p = 1 for those that cannot be judged: the probability of any false verdict is at most
+    1 - confidence.
 
-    A seed with which one arm of a pair has diverged counts with the worst value of both arms for that arm, so
-    that an arm does not improve by losing a seed. A seed with which both have diverged says nothing about the
-    difference of their losses.
+    A seed with which one arm of a pair has diverged counts with the worst value of both arms for that arm
+    (`paired_values`). A pair has no verdict if it has fewer than two seeds, or if its differences are all
+    equal up to rounding: its noise is then not known.
 
-    A pair has no verdict if it has fewer than two seeds, or if its differences are all equal up to rounding:
-    its noise is then unknown.
+    With fixed looks, only the first seeds count, as many as the latest look has, of those with which every
+    arm has a value or has diverged. A verdict of an earlier look stands (`sequential_p_value`), unless the
+    difference has changed its sign since. Intervals are repeated ones, of the level at the look. An arm that
+    has neither values nor divergence is not waited for.
 
     Args:
       table: one metric; NaN where there is no value.
@@ -110,90 +144,163 @@ def judge(table: Table, pairs: Sequence[tuple[str, str]], rules: Rules) -> Judge
     Raises:
       ValueError: the table has no arm of a name, or a pair has the same arm twice.
     """
-    level = 1 - rules.confidence
+    assessed = assess(table, pairs, rules)
+    return Judged(
+        noise=_noise(assessed.table, assessed.pool),
+        comparisons=tuple(
+            None if estimate is None else _judgement(assessed, i, estimate, pairs, rules)
+            for i, estimate in enumerate(assessed.estimates)
+        ),
+        level=assessed.level,
+        look=assessed.look,
+    )
+
+
+def assess(table: Table, pairs: Sequence[tuple[str, str]], rules: Rules) -> Assessed:
+    """Test and judge comparisons as `judge` does, without intervals and what further seeds would show."""
     arms = _arms_of(table, pairs)
-    values = table.values[arms]
-    noise, is_noisy = _noise([table.arms[i] for i in arms], values)
-    position = {table.arms[arm]: i for i, arm in enumerate(arms)}
-    estimates = []
-    for arm, against in pairs:
-        own_only = bool(is_noisy[[position[arm], position[against]]].any())
-        differences = paired_values(table, arm, against, lower_is_better=rules.lower_is_better)
-        estimates.append(_estimate(differences, noise, rules, own_only=own_only))
-    p_values = [_p_value(estimate) for estimate in estimates]
-    equal_p = [_equal_p(estimate, rules.equal_within) for estimate in estimates]
+    compared = _part(table, arms, range(len(table.seeds)))
+    if not rules.looks:
+        return _assess_look(compared, pairs, rules)
+    complete = _complete_seeds(compared)
+    reached = [look for look in rules.looks if look <= len(complete)]
+    # The values so far are shown, but nothing may be concluded from them.
+    if not reached:
+        early = _assess_look(compared, pairs, rules)
+        ones = (1.0,) * len(pairs)
+        return dataclasses.replace(
+            early,
+            level=_nominal(rules)[0],
+            look=0,
+            adjusted=ones,
+            adjusted_equal=ones,
+            verdicts=(Verdict.NOT_RESOLVED,) * len(pairs),
+        )
+    everything = range(len(compared.arms))
+    looks = [_assess_look(_part(compared, everything, complete[:look]), pairs, rules) for look in reached]
+    return _assess_looks(looks, rules)
+
+
+def _assess_look(table: Table, pairs: Sequence[tuple[str, str]], rules: Rules) -> Assessed:
+    pool = pool_noise(table.values)
+    apart = {arm for arm, flag in zip(table.arms, pool.is_apart.tolist(), strict=True) if flag}
+    estimates = [
+        estimate_difference(
+            paired_values(table, arm, against, lower_is_better=rules.lower_is_better),
+            pool,
+            rules,
+            by_own=arm in apart or against in apart,
+        )
+        for arm, against in pairs
+    ]
+    return _with_verdicts(
+        table,
+        pool,
+        tuple(estimates),
+        rules,
+        p_values=[difference_p(estimate) for estimate in estimates],
+        equal_p=[equality_p(estimate, rules.equal_within) for estimate in estimates],
+    )
+
+
+def _assess_looks(looks: Sequence[Assessed], rules: Rules) -> Assessed:
+    """Combine the looks so far: p values of the whole design, and estimates of the latest look."""
+    latest = looks[-1]
+    sequential = []
+    sequential_equal = []
+    for i, estimate in enumerate(latest.estimates):
+        # Looks whose difference had another sign do not speak for the one there is now.
+        sign = 0.0 if estimate is None else math.copysign(1.0, estimate.mean)
+        agreeing = [
+            1.0 if (then := look.estimates[i]) is None or then.mean * sign < 0 else look.p_values[i]
+            for look in looks
+        ]
+        sequential.append(sequential_p_value(agreeing, rules.looks, spending=rules.spending))
+        # Levels are two-sided, twice those of one-sided tests.
+        doubled = [min(1.0, 2 * look.equal_p[i]) for look in looks]
+        is_within = (
+            estimate is not None
+            and rules.equal_within is not None
+            and abs(estimate.mean) < rules.equal_within
+        )
+        overall = sequential_p_value(doubled, rules.looks, spending=rules.spending) if is_within else 2.0
+        sequential_equal.append(overall / 2)
+    combined = _with_verdicts(
+        latest.table, latest.pool, latest.estimates, rules, p_values=sequential, equal_p=sequential_equal
+    )
+    return dataclasses.replace(
+        combined,
+        level=_nominal(rules)[len(looks) - 1],
+        look=rules.looks[len(looks) - 1],
+        # Those of this look; the looks together are in the adjusted ones.
+        p_values=latest.p_values,
+        equal_p=latest.equal_p,
+    )
+
+
+def _nominal(rules: Rules) -> tuple[float, ...]:
+    return nominal_levels(rules.looks, level=1 - rules.confidence, spending=rules.spending)
+
+
+def _with_verdicts(
+    table: Table,
+    pool: PooledNoise,
+    estimates: tuple[Estimate | None, ...],
+    rules: Rules,
+    *,
+    p_values: Sequence[float],
+    equal_p: Sequence[float],
+) -> Assessed:
+    level = 1 - rules.confidence
+    adjusted_equal = (1.0,) * len(estimates)
     if rules.equal_within is None:
         adjusted = holm(p_values)
-        adjusted_equal = (1.0,) * len(pairs)
     else:
         adjusted, adjusted_equal = holm_with_equality(p_values, equal_p)
-    comparisons = tuple(
-        None
-        if estimate is None
-        else _judgement(
-            pair,
-            estimate,
-            rules,
-            p_value=p_values[i],
-            adjusted_p=adjusted[i],
-            equal_p=equal_p[i],
-            adjusted_equal=adjusted_equal[i],
-            comparisons=len(pairs),
-            arms=len(arms) - len(noise.noisy),
-            level=level,
-        )
-        for i, (pair, estimate) in enumerate(zip(pairs, estimates, strict=True))
-    )
-    return Judged(noise=noise, comparisons=comparisons, level=level, look=None)
-
-
-# Noise and differences --------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PairedValues:
-    """The differences of two arms with the seeds that both have."""
-
-    differences: Float[np.ndarray, " S"]
-    seeds: tuple[int, ...]
-    imputed: tuple[int, ...]
-    scale: float  # largest value, which determines the rounding of the differences
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Estimate:
-    """A mean difference and its error."""
-
-    values: PairedValues
-    mean: float
-    error: float  # 0 if the noise is unknown
-    degrees: float
-    variance: str
-
-
-def paired_values(table: Table, arm: str, against: str, *, lower_is_better: bool = True) -> PairedValues:
-    """Return the differences of two arms by seed, with the worst value of both for an arm that diverged.
-
-    Any value that the diverged run could have had is unknown. The worst that either arm has in the table is
-    never better than the value of the other arm with that seed, and it stays in the range of the pair:
-    values of other arms, which may be far worse, are not used.
-    """
-    first = table.row(arm)
-    second = table.row(against)
-    both = np.stack([first, second])
-    diverged = np.stack([table.diverged[table.arms.index(name)] for name in (arm, against)])
-    observed = both[np.isfinite(both)]
-    if observed.size:
-        worst = observed.max() if lower_is_better else observed.min()
-        # If both have diverged, neither is the worse one.
-        both = np.where(diverged & ~diverged.all(axis=0), worst, both)
-    used = np.flatnonzero(np.isfinite(both).all(axis=0)).tolist()
-    return PairedValues(
-        differences=both[0, used] - both[1, used],
-        seeds=tuple(table.seeds[i] for i in used),
-        imputed=tuple(table.seeds[i] for i in used if diverged[:, i].any()),
-        scale=float(np.abs(observed).max(initial=0.0)),
+    return Assessed(
+        table=table,
+        pool=pool,
+        level=level,
+        look=None,
+        estimates=estimates,
+        p_values=tuple(p_values),
+        equal_p=tuple(equal_p),
+        adjusted=adjusted,
+        adjusted_equal=adjusted_equal,
+        verdicts=tuple(
+            # A difference within the margin counts as none, also where it is not zero.
+            Verdict.EQUAL
+            if adjusted_equal[i] <= level
+            else decide(
+                0.0 if estimate is None else estimate.mean,
+                adjusted[i],
+                lower_is_better=rules.lower_is_better,
+                level=level,
+            )
+            for i, estimate in enumerate(estimates)
+        ),
     )
 
 
+# Noise ------------------------------------------------------------------------------------------------------
+def _noise(table: Table, pool: PooledNoise) -> Noise:
+    everything = fit_two_way(table.values)
+    own = np.sqrt(own_variances(table.values, everything)).tolist()
+
+    def named(flags: Bool[np.ndarray, " A"]) -> tuple[str, ...]:
+        return tuple(arm for arm, flag in zip(table.arms, flags.tolist(), strict=True) if flag)
+
+    return Noise(
+        deviation=None if pool.variance is None else math.sqrt(pool.variance),
+        degrees_of_freedom=pool.degrees_of_freedom,
+        own={arm: value for arm, value in zip(table.arms, own, strict=True) if not math.isnan(value)},
+        noisy=named(pool.is_noisy),
+        apart=named(pool.is_apart),
+        equality_p=brown_forsythe(everything.residuals),
+    )
+
+
+# Tables -----------------------------------------------------------------------------------------------------
 def _arms_of(table: Table, pairs: Sequence[tuple[str, str]]) -> Int[np.ndarray, " A"]:
     """Return the rows of the arms that are compared; others do not add to the noise."""
     for pair in pairs:
@@ -206,121 +313,70 @@ def _arms_of(table: Table, pairs: Sequence[tuple[str, str]]) -> Int[np.ndarray, 
     return np.array([i for i, arm in enumerate(table.arms) if arm in compared], dtype=np.int64)
 
 
-def _noise(names: Sequence[str], values: Float[np.ndarray, "A S"]) -> tuple[Noise, Bool[np.ndarray, " A"]]:
-    is_noisy = noisy_arms(values)
-    everything = fit_two_way(values)
-    pool = fit_two_way(values[~is_noisy])
-    own = own_variances(values, everything)
-    return Noise(
-        deviation=None if pool.variance is None else math.sqrt(pool.variance),
-        degrees_of_freedom=pool.degrees_of_freedom,
-        own={name: math.sqrt(value) for name, value in zip(names, own, strict=True) if not math.isnan(value)},
-        noisy=tuple(name for name, flag in zip(names, is_noisy, strict=True) if flag),
-        equality_p=brown_forsythe(everything.residuals),
-    ), is_noisy
-
-
-def _estimate(values: PairedValues, noise: Noise, rules: Rules, *, own_only: bool) -> _Estimate | None:
-    """Return the mean difference with its error by the rule; None with fewer than two seeds."""
-    num = len(values.differences)
-    if num < 2:
-        return None
-    has_noise = float(np.ptp(values.differences)) > ROUNDING * values.scale
-    own = float(values.differences.var(ddof=1)) if has_noise else 0.0
-    pooled = 2 * noise.deviation**2 if noise.deviation is not None else 0.0
-    variance = own
-    degrees = num - 1
-    # A pair in which no noise shows stays without a verdict, whatever the noise of the others.
-    if has_noise and not own_only and rules.variance is not VarianceRule.OWN and pooled > 0:
-        degrees = noise.degrees_of_freedom
-        variance = pooled if rules.variance is VarianceRule.POOLED else max(own, pooled)
-    return _Estimate(
-        values=values,
-        mean=float(values.differences.mean()),
-        error=math.sqrt(variance / num),
-        degrees=degrees,
-        variance="own" if variance == own else "pooled",
+def _part(table: Table, arms: Sequence[int] | np.ndarray, seeds: Sequence[int]) -> Table:
+    chosen = np.ix_(np.asarray(arms, dtype=np.int64), np.asarray(seeds, dtype=np.int64))
+    return Table(
+        arms=tuple(table.arms[i] for i in arms),
+        seeds=tuple(table.seeds[i] for i in seeds),
+        values=table.values[chosen],
+        diverged=table.diverged[chosen],
     )
 
 
-# Tests ------------------------------------------------------------------------------------------------------
-def _p_value(estimate: _Estimate | None) -> float:
-    """Return the two-sided p of a mean of zero."""
-    if estimate is None or estimate.error == 0:
-        return 1.0
-    return float(2 * stats.t.sf(abs(estimate.mean) / estimate.error, estimate.degrees))
+def _complete_seeds(table: Table) -> list[int]:
+    """Return the positions of seeds with which every arm has an outcome, of arms that have any."""
+    has_outcome = np.isfinite(table.values) | table.diverged
+    return np.flatnonzero(has_outcome[has_outcome.any(axis=1)].all(axis=0)).tolist()
 
 
-def _equal_p(estimate: _Estimate | None, margin: float | None) -> float:
-    """Return the larger p of the two one-sided tests that the difference is at least the margin."""
-    if estimate is None or margin is None or estimate.error == 0:
-        return 1.0
-    return float(stats.t.sf((margin - abs(estimate.mean)) / estimate.error, estimate.degrees))
-
-
+# Judgements -------------------------------------------------------------------------------------------------
 def _judgement(
-    pair: tuple[str, str],
-    estimate: _Estimate,
-    rules: Rules,
-    *,
-    p_value: float,
-    adjusted_p: float,
-    equal_p: float,
-    adjusted_equal: float,
-    comparisons: int,
-    arms: int,
-    level: float,
+    assessed: Assessed, i: int, estimate: Estimate, pairs: Sequence[tuple[str, str]], rules: Rules
 ) -> Judgement:
-    if adjusted_equal <= level:
-        # A difference within the margin counts as none, also where it is not zero.
-        verdict = Verdict.EQUAL
-    else:
-        verdict = decide(estimate.mean, adjusted_p, lower_is_better=rules.lower_is_better, level=level)
-    half_width = float(stats.t.isf(level / 2, estimate.degrees)) * estimate.error
-    pooled_arms = arms if estimate.degrees > len(estimate.values.differences) - 1 else 2
+    verdict = assessed.verdicts[i]
+    has_margin = rules.equal_within is not None
+    half_width = float(stats.t.isf(assessed.level / 2, estimate.degrees)) * estimate.error
     return Judgement(
-        arm=pair[0],
-        against=pair[1],
+        arm=pairs[i][0],
+        against=pairs[i][1],
         seeds=estimate.values.seeds,
         imputed=estimate.values.imputed,
         difference=estimate.mean,
         standard_error=estimate.error,
         degrees_of_freedom=estimate.degrees,
-        variance=estimate.variance,
+        variance="pooled" if estimate.is_pooled else "own",
         interval=(estimate.mean - half_width, estimate.mean + half_width),
         bootstrap_interval=bootstrap_interval(
             estimate.values.differences.tolist(), confidence=rules.confidence
         ),
-        p_value=p_value,
-        adjusted_p=adjusted_p,
-        equal_p=None if rules.equal_within is None else equal_p,
-        adjusted_equal_p=None if rules.equal_within is None else adjusted_equal,
+        p_value=assessed.p_values[i],
+        adjusted_p=assessed.adjusted[i],
+        equal_p=assessed.equal_p[i] if has_margin else None,
+        adjusted_equal_p=assessed.adjusted_equal[i] if has_margin else None,
         verdict=verdict,
-        seeds_needed=_seeds_needed(estimate, rules, comparisons=comparisons, arms=pooled_arms, level=level)
+        seeds_needed=_seeds_needed(estimate, rules, comparisons=len(pairs))
         if verdict is Verdict.NOT_RESOLVED
         else None,
     )
 
 
-def _seeds_needed(
-    estimate: _Estimate, rules: Rules, *, comparisons: int, arms: int, level: float
-) -> int | None:
+def _seeds_needed(estimate: Estimate, rules: Rules, *, comparisons: int) -> int | None:
     """Return the seeds that would resolve the difference as it is, or show that it is within the margin."""
     if estimate.error == 0:
         return None
-    deviation = estimate.error * math.sqrt(len(estimate.values.differences))
     effect = abs(estimate.mean)
-    needed = [seeds_needed(effect, deviation, comparisons=comparisons, arms=arms, level=level)]
+    level = 1 - rules.confidence
+    arms = estimate.pooled_arms
+    needed = [seeds_needed(effect, estimate.deviation, comparisons=comparisons, arms=arms, level=level)]
     if rules.equal_within is not None:
         needed.append(
             seeds_for_equality(
                 rules.equal_within,
-                deviation,
+                estimate.deviation,
                 effect=effect,
                 comparisons=comparisons,
                 arms=arms,
                 level=level,
             )
         )
-    known = [num for num in needed if num is not None]
-    return min(known) if known else None
+    return min((num for num in needed if num is not None), default=None)

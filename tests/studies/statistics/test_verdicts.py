@@ -1,55 +1,275 @@
-"""Verdicts of tables, against scipy, against numbers worked by hand, and by simulation."""
+"""Verdicts of tables, against scipy and numbers worked by hand."""
 
+import dataclasses
+import itertools
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.stats.weightstats import ttost_paired
 
+from slmjax.studies.statistics.power import seeds_needed
 from slmjax.studies.statistics.results_table import Rules, Table, VarianceRule
-from slmjax.studies.statistics.verdicts import judge
+from slmjax.studies.statistics.samples import holm, holm_with_equality
+from slmjax.studies.statistics.verdicts import Judgement, Verdict, judge
+from tests.studies.statistics.tables import against_first, table
+
+# Three arms and three seeds without a pattern; b is 3 above a.
+VALUES = [[1.0, 2.0, 3.0], [4.0, 5.5, 5.5], [0.0, 3.0, 0.0]]
 
 
-def table(values: list[list[float]], diverged: tuple[tuple[int, int], ...] = ()) -> Table:
-    """A table of arms a, b, c, ... by seeds 0, 1, 2, ...; cells that diverged have no value."""
-    array = np.array(values, dtype=np.float64)
-    flags = np.zeros(array.shape, bool)
-    for cell in diverged:
-        array[cell] = np.nan
-        flags[cell] = True
-    return Table(
-        arms=tuple("abcdefghi"[: len(array)]),
-        seeds=tuple(range(array.shape[1])),
-        values=array,
-        diverged=flags,
-    )
+def only(results: Table, rules: Rules | None = None) -> Judgement:
+    """Return the judgement on b against a, as the only comparison."""
+    (judgement,) = judge(results, [("b", "a")], rules or Rules()).comparisons
+    assert judgement is not None
+    return judgement
 
 
+# Differences ------------------------------------------------------------------------------------------------
 def test_two_arms_are_judged_by_the_paired_t_test() -> None:
     rows = np.random.default_rng(0).normal(size=(2, 4)) + [[0.0], [2.0]]
-    (judgement,) = judge(table(rows.tolist()), [("a", "b")], Rules()).comparisons
-    expected = stats.ttest_rel(rows[0], rows[1])
-    assert judgement is not None
+    judgement = only(table(rows))
+    expected = stats.ttest_rel(rows[1], rows[0])
     assert judgement.p_value == judgement.adjusted_p == pytest.approx(expected.pvalue)
     assert judgement.interval == pytest.approx(tuple(expected.confidence_interval(0.95)))
     assert judgement.degrees_of_freedom == 3
 
 
-def test_the_larger_variance_by_hand() -> None:
-    """Residuals of b are the negative of those of a; c adds noise of its own."""
-    values = [[1.0, 2.0, 3.0], [4.0, 5.5, 5.5], [0.0, 3.0, 0.0]]
-    array = np.array(values)
+@pytest.mark.parametrize("rule", VarianceRule)
+def test_the_variance_by_hand(rule: VarianceRule) -> None:
+    array = np.array(VALUES)
     residuals = array - array.mean(1, keepdims=True) - array.mean(0) + array.mean()
     pooled = float(np.square(residuals).sum()) / 4
     own = float(np.var(array[1] - array[0], ddof=1))
-    for rule, variance, degrees in (
-        (VarianceRule.OWN, own, 2),
-        (VarianceRule.POOLED, 2 * pooled, 4),
-        (VarianceRule.LARGER, max(own, 2 * pooled), 4),
-    ):
-        judged = judge(table(values), [("b", "a"), ("c", "a")], Rules(variance=rule))
-        judgement = judged.comparisons[0]
-        assert judgement is not None and judged.noise.deviation == pytest.approx(math.sqrt(pooled))
-        assert judgement.difference == pytest.approx(3) and judgement.degrees_of_freedom == degrees
-        assert judgement.standard_error == pytest.approx(math.sqrt(variance / 3))
-        assert judgement.p_value == pytest.approx(2 * stats.t.sf(3 / math.sqrt(variance / 3), degrees))
+    variance = {"own": own, "pooled": 2 * pooled, "larger": max(own, 2 * pooled)}[rule.value]
+    degrees = 2 if rule is VarianceRule.OWN else 4
+    judged = judge(table(VALUES), against_first(3), Rules(variance=rule))
+    judgement = judged.comparisons[0]
+    assert judgement is not None and judged.noise.deviation == pytest.approx(math.sqrt(pooled))
+    assert judgement.difference == pytest.approx(3) and judgement.degrees_of_freedom == degrees
+    assert judgement.standard_error == pytest.approx(math.sqrt(variance / 3))
+    assert judgement.p_value == pytest.approx(2 * stats.t.sf(3 / math.sqrt(variance / 3), degrees))
+    assert judgement.variance == ("own" if rule is VarianceRule.OWN else "pooled")
+
+
+def test_the_larger_variance_is_the_pairs_own_where_that_is_larger() -> None:
+    values = np.random.default_rng(0).normal(size=(8, 6)) * 0.5
+    values[1] *= 2.2
+    judged = judge(table(values), against_first(8), Rules())
+    for judgement in judged.comparisons:
+        assert judgement is not None and judged.noise.deviation is not None
+        differences = values["abcdefgh".index(judgement.arm)] - values[0]
+        own = float(differences.var(ddof=1))
+        assert judgement.standard_error**2 * 6 == pytest.approx(max(own, 2 * judged.noise.deviation**2))
+        assert (judgement.variance == "own") == (own > 2 * judged.noise.deviation**2)
+    assert {judgement.variance for judgement in judged.comparisons if judgement} == {"own", "pooled"}
+
+
+def test_all_comparisons_are_one_family() -> None:
+    """One that cannot be made has p = 1, and still counts."""
+    values = np.random.default_rng(1).normal(size=(4, 5))
+    values[1] += 1.5
+    values[3, 1:] = np.nan
+    judgements = judge(table(values), against_first(4), Rules()).comparisons
+    assert judgements[2] is None
+    known = [judgement for judgement in judgements if judgement is not None]
+    expected = holm([*(judgement.p_value for judgement in known), 1.0])
+    assert [judgement.adjusted_p for judgement in known] == pytest.approx(expected[:2])
+
+
+def test_arms_that_are_not_compared_do_not_count() -> None:
+    values = np.array([*VALUES, [0.0, 50.0, -7.0]])
+    pairs = [("b", "a"), ("c", "a")]
+    assert judge(table(values), pairs, Rules()) == judge(table(VALUES), pairs, Rules())
+
+
+def test_verdicts_follow_the_direction_of_the_metric() -> None:
+    noise = np.random.default_rng(0).normal(size=(3, 5)) * 0.01
+    values = noise + [[0.0], [1.0], [-1.0]]
+    for lower_is_better, expected in ((True, ["worse", "better"]), (False, ["better", "worse"])):
+        judged = judge(table(values), against_first(3), Rules(lower_is_better=lower_is_better))
+        assert [judgement.verdict.value for judgement in judged.comparisons if judgement] == expected
+        assert all(judgement is None or judgement.seeds_needed is None for judgement in judged.comparisons)
+
+
+def test_too_little_resolves_nothing() -> None:
+    # A single seed.
+    assert judge(table([[1.0], [2.0]]), [("b", "a")], Rules()).comparisons == (None,)
+    # Differences that are equal up to rounding, whatever the noise of others.
+    equal = only(table([[1.1, 1.3, 1.7], [1.2, 1.4, 1.8]]))
+    assert equal.verdict is Verdict.NOT_RESOLVED and equal.p_value == 1 and equal.seeds_needed is None
+    (judgement, _) = judge(
+        table([[1.1, 1.3, 1.7], [1.2, 1.4, 1.8], [5.0, 1.0, 3.0]]), against_first(3), Rules(equal_within=9.0)
+    ).comparisons
+    assert judgement is not None and judgement.verdict is Verdict.NOT_RESOLVED
+    assert judgement.standard_error == 0 and judgement.interval == pytest.approx((0.1, 0.1))
+
+
+def test_pairs_need_two_arms_of_the_table() -> None:
+    with pytest.raises(ValueError, match="'z' is no arm of the table: name one of a, b, c"):
+        judge(table(VALUES), [("z", "a")], Rules())
+    with pytest.raises(ValueError, match="'a' cannot be compared with itself"):
+        judge(table(VALUES), [("a", "a")], Rules())
+
+
+def test_more_seeds_are_needed_for_smaller_differences() -> None:
+    noise = np.array([[0.0, 0.0, 0.0, 0.0], [1.0, -0.9, 0.5, -0.6]])
+    judgements = [only(table(noise + [[0.0], [shift]])) for shift in (0.5, 0.1)]
+    assert all(judgement.verdict is Verdict.NOT_RESOLVED for judgement in judgements)
+    needed = [judgement.seeds_needed for judgement in judgements]
+    assert needed[0] is not None and needed[1] is not None and 4 < needed[0] < needed[1]
+    # By the power of its own pairs, of which there are no others.
+    assert needed[0] == seeds_needed(0.5, float(noise[1].std(ddof=1)))
+    # With a margin, equality may be nearer.
+    with_margin = only(table(noise), Rules(equal_within=0.9)).seeds_needed
+    assert with_margin is not None and with_margin < 20 and only(table(noise)).seeds_needed is None
+
+
+# Divergence -------------------------------------------------------------------------------------------------
+def test_a_diverged_seed_counts_with_the_worst_value_of_the_pair() -> None:
+    values = [[1.0, 1.1, 1.4], [0.9, 1.2, 9.0], [7.0, 8.0, 9.0]]
+    results = table(values, diverged=[(1, 2)])
+    judgement = only(results)
+    assert judgement.seeds == (0, 1, 2) and judgement.imputed == (2,)
+    # b has 1.4 for its third seed: the worst of both arms, and not that of c.
+    assert judgement.difference == pytest.approx((-0.1 + 0.1 + 0.0) / 3)
+    # Where higher is better, the worst is the lowest.
+    upside_down = only(results, Rules(lower_is_better=False))
+    assert upside_down.difference == pytest.approx((-0.1 + 0.1 + (0.9 - 1.4)) / 3)
+
+
+def test_a_seed_that_both_lose_is_left_out() -> None:
+    judgement = only(table([[1.0, 1.1, 1.4], [0.9, 1.2, 9.0]], diverged=[(0, 2), (1, 2)]))
+    assert judgement.seeds == (0, 1) and judgement.imputed == ()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000))
+def test_losing_a_seed_is_no_help_to_an_arm(seed: int) -> None:
+    draws = np.random.default_rng(seed)
+    values = draws.normal(size=(3, 5)) - [[0.0], [draws.uniform(0, 4)], [0.0]]
+    worst = int(values[1].argmax())
+    pairs = against_first(3)
+    lost = judge(table(values, diverged=[(1, worst)]), pairs, Rules()).comparisons[0]
+    left_out = judge(table(np.delete(values, worst, axis=1)), pairs, Rules()).comparisons[0]
+    assert lost is not None and left_out is not None and lost.imputed == (worst,)
+    # The arm has lost its worst value, and stands no better than without that seed.
+    assert lost.difference >= min(0.8 * left_out.difference, 0.0)
+    if lost.verdict is Verdict.BETTER:
+        assert left_out.verdict is Verdict.BETTER
+
+
+# Equality ---------------------------------------------------------------------------------------------------
+def test_equality_is_two_one_sided_tests() -> None:
+    rows = np.random.default_rng(0).normal(size=(2, 6)) * 0.1
+    judgement = only(table(rows), Rules(equal_within=0.2))
+    expected, _, _ = ttost_paired(rows[1], rows[0], -0.2, 0.2)
+    assert judgement.equal_p == judgement.adjusted_equal_p == pytest.approx(expected)
+    assert judgement.verdict is Verdict.EQUAL
+    assert only(table(rows), Rules(equal_within=0.01)).verdict is Verdict.NOT_RESOLVED
+    assert only(table(rows)).equal_p is None
+
+
+def test_a_small_difference_within_the_margin_is_equal() -> None:
+    rows = np.random.default_rng(0).normal(size=(2, 6)) * 0.01 + [[0.0], [0.1]]
+    judgement = only(table(rows), Rules(equal_within=0.5))
+    assert judgement.adjusted_p < 0.01 and judgement.verdict is Verdict.EQUAL
+    assert only(table(rows)).verdict is Verdict.WORSE
+
+
+P_VALUES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=4)
+
+
+@settings(deadline=None)
+@given(P_VALUES)
+def test_adjusted_values_of_differences_and_equality_are_those_of_the_closed_test(
+    families: list[tuple[float, float]],
+) -> None:
+    """Against the definition: a hypothesis is rejected if all intersections that have it are."""
+    adjusted = holm_with_equality([pair[0] for pair in families], [pair[1] for pair in families])
+    num = len(families)
+    # Per comparison: its hypothesis is not in the intersection, or the first, or the second.
+    intersections = list(itertools.product((None, 0, 1), repeat=num))
+    for i, kind in itertools.product(range(num), (0, 1)):
+        levels = [
+            min(families[j][chosen] for j, chosen in enumerate(choice) if chosen is not None)
+            * sum(chosen is not None for chosen in choice)
+            for choice in intersections
+            if choice[i] == kind
+        ]
+        assert adjusted[kind][i] == pytest.approx(min(1.0, max(levels)))
+    # Without equality it is Holm's correction.
+    first = [pair[0] for pair in families]
+    assert holm_with_equality(first, [0.0] * num)[0] == pytest.approx(holm(first))
+
+
+def test_p_values_of_pairs_are_needed() -> None:
+    with pytest.raises(ValueError, match="give two for each comparison"):
+        holm_with_equality([0.1], [])
+    with pytest.raises(ValueError, match="is not a p value"):
+        holm_with_equality([0.1], [2.0])
+
+
+# Fixed looks ------------------------------------------------------------------------------------------------
+LOOKS = Rules(looks=(3, 5, 8))
+
+
+def test_a_look_has_its_first_seeds() -> None:
+    values = np.random.default_rng(0).normal(size=(3, 7))
+    judged = judge(table(values), against_first(3), LOOKS)
+    fixed = judge(table(values[:, :5]), against_first(3), Rules())
+    assert judged.look == 5 and judged.level == pytest.approx(0.0089897, rel=1e-4)
+    for judgement, expected in zip(judged.comparisons, fixed.comparisons, strict=True):
+        assert judgement is not None and expected is not None
+        assert judgement.p_value == expected.p_value and judgement.seeds == (0, 1, 2, 3, 4)
+        # Repeated intervals are wider.
+        half_width = float(stats.t.isf(judged.level / 2, judgement.degrees_of_freedom))
+        assert judgement.interval[1] - judgement.difference == pytest.approx(
+            half_width * judgement.standard_error
+        )
+
+
+def test_nothing_is_resolved_before_the_first_look() -> None:
+    values = np.random.default_rng(0).normal(size=(2, 2)) * 0.001 + [[0.0], [5.0]]
+    judged = judge(table(values), [("b", "a")], LOOKS)
+    judgement = judged.comparisons[0]
+    assert judged.look == 0 and judgement is not None
+    assert judgement.verdict is Verdict.NOT_RESOLVED and judgement.adjusted_p == 1
+    assert only(table(values)).verdict is Verdict.WORSE
+
+
+def test_seeds_count_once_every_arm_has_an_outcome() -> None:
+    values = np.random.default_rng(0).normal(size=(4, 5))
+    values[1, 1] = np.nan
+    values[3] = np.nan  # has not begun, and is not waited for
+    results = table(values, diverged=[(2, 3)])
+    judged = judge(results, against_first(4), LOOKS)
+    assert judged.look == 3
+    assert [judgement.seeds for judgement in judged.comparisons if judgement] == [(0, 2, 3), (0, 2, 3)]
+
+
+def test_an_earlier_verdict_stands_unless_the_sign_changes() -> None:
+    noise = np.random.default_rng(0).normal(size=(5, 5)) * 0.01
+    values = noise.copy()
+    values[1] += 1.0
+    values[1, 3:] -= [0.5, 0.4]  # noisy from now on
+    pairs = against_first(5)
+    first = judge(table(values[:, :3]), pairs, LOOKS).comparisons[0]
+    second = judge(table(values), pairs, LOOKS).comparisons[0]
+    assert first is not None and second is not None
+    assert first.verdict is second.verdict is Verdict.WORSE
+    assert second.adjusted_p == pytest.approx(first.adjusted_p, rel=1e-6) and second.p_value > first.p_value
+    values[1, 3:] -= 9.0
+    third = judge(table(values), pairs, LOOKS).comparisons[0]
+    assert third is not None and third.difference < 0 and third.verdict is Verdict.NOT_RESOLVED
+
+
+def test_the_last_look_is_enough() -> None:
+    values = np.random.default_rng(0).normal(size=(3, 11))
+    judged = judge(table(values), against_first(3), LOOKS)
+    assert judged.look == 8 and judged.level == pytest.approx(0.047099, rel=1e-4)
+    assert judged == judge(table(values[:, :9]), against_first(3), LOOKS)
+    assert dataclasses.replace(LOOKS, looks=()).looks == ()
