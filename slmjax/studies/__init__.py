@@ -75,6 +75,7 @@ from slmjax.studies.recovery_layout import (
     recovery_table,
     write_recovery,
 )
+from slmjax.studies.report import write_study_report
 from slmjax.studies.running import Interrupted, run_study
 from slmjax.studies.statistics.ratios import RecoveredFraction, recovered_fraction
 from slmjax.studies.statistics.samples import (
@@ -189,4 +190,5 @@ __all__ = [
     "summarize",
     "write_findings",
     "write_recovery",
+    "write_study_report",
 ]
