@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +26,9 @@ from tests.fake_cloud import FAKE, POD, ROOT, SCRIPTS, TPU, environment, executa
 
 GOLDEN = Path(__file__).parent / "tpu_scripts"
 ALL = sorted(path.relative_to(SCRIPTS).as_posix() for path in SCRIPTS.rglob("*.sh"))
+LOCAL = ("slurm.sh", "slurm-workers.sh", "workers.sh")  # those that start processes where they are
 COMMANDS = [
-    name for name in ALL if name not in ("common.sh", "host.sh", "slurm.sh")
+    name for name in ALL if name not in ("common.sh", "host.sh", *LOCAL)
 ]  # those that run commands elsewhere
 
 RUNS = [*TPU, "--bucket", "gs://my-bucket"]
@@ -43,6 +45,9 @@ GKE = [
     "--run-name",
     "first",
 ]
+PODS = ["--run-name=rates", "--workers=8", "--image=registry/slmjax:1", "--claim", "runs"]
+POOL = ["--run-name", "rates", "--workers", "3", "--nfs", "10.0.0.2:/share"]
+STUDY = "experiments/qat_study.py"
 OPTIONS = ["--run.steps", "2000", "--run.sample-prompts", "def main("]
 VARIANTS: dict[str, list[str]] = {
     "create": ["create.sh", *POD],
@@ -95,7 +100,19 @@ VARIANTS: dict[str, list[str]] = {
     "gke-delete-workload": ["gke/delete.sh", *GKE, "workload"],
     "gke-delete-cluster": ["gke/delete.sh", *GKE, "cluster"],
     "slurm": ["slurm.sh", "nano", *OPTIONS],
+    "slurm-workers": ["slurm-workers.sh", STUDY, "--budget", "large"],
+    "workers-chip": ["workers.sh", "--per", "chip", "--workers", "4", STUDY],
+    "workers-gpu": ["workers.sh", "--per=gpu", "--workers=2", STUDY, "--directory", "/my runs"],
+    "workers-cpu": ["workers.sh", "--per", "cpu", "--workers", "3", "runs/studies/rates"],
+    "run-workers": ["run-workers.sh", *NFS, "--run-name", "rates", STUDY, "--budget", "large"],
+    "run-workers-directory": ["run-workers.sh", *NFS, "/mnt/nfs/runs/rates"],
+    "gke-run-workers": ["gke/run-workers.sh", *PODS, STUDY, "--only", 'a "good" arm', "--budget=a|b&c"],
+    "gke-run-workers-queue": ["gke/run-workers.sh", *PODS, "--queue", "research", STUDY],
+    "skypilot-workers": ["skypilot-workers.sh", *POOL, STUDY, "--budget", "large"],
 }
+
+
+TOOLS = ("gcloud", "xpk", "kubectl", "sky", "srun", "mkdir", "tar", "rm", "cp")
 
 
 def dry_run(words: list[str], *, cwd: Path = ROOT, **variables: str) -> str:
@@ -109,7 +126,7 @@ def dry_run(words: list[str], *, cwd: Path = ROOT, **variables: str) -> str:
 def untouchable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A PATH on which nothing may be called that changes anything."""
     tools = tmp_path_factory.mktemp("tools")
-    for name in ("gcloud", "xpk", "kubectl", "srun", "scontrol", "mkdir", "tar", "rm", "cp", "sleep"):
+    for name in (*TOOLS, "scontrol", "sleep", "slmjax"):
         executable(tools / name, f"#!/bin/sh\necho {name} >> {tools}/called\nexit 1\n")
     yield f"{tools}:{os.environ['PATH']}"
     assert not (tools / "called").exists(), (tools / "called").read_text()
@@ -124,11 +141,11 @@ def test_a_dry_run_prints_the_listed_commands_and_does_nothing(name: str, untouc
         f"{name}: if the change is meant, run `python -m tests.test_tpu_scripts` and look at the diff"
     )
     for line in printed.splitlines():
-        assert shlex.split(line)[0] in ("gcloud", "xpk", "kubectl", "srun", "mkdir", "tar", "rm", "cp"), line
+        assert shlex.split(line)[0] in (*TOOLS, "env", "bash", "sed"), line
 
 
 def test_every_script_has_a_list_and_no_list_is_left_over() -> None:
-    assert {words[0] for words in VARIANTS.values()} == {*COMMANDS, "slurm.sh"}
+    assert {words[0] for words in VARIANTS.values()} == {*COMMANDS, *LOCAL}
     assert {path.name for path in GOLDEN.glob("*.txt")} == {f"{name}.txt" for name in VARIANTS}
 
 
@@ -172,6 +189,10 @@ MISSING = [
     ("gke/run.sh", GKE, "--cluster", "GKE_CLUSTER"),
     ("gke/run.sh", GKE, "--run-name", "RUN_NAME"),
     ("gke/list.sh", GKE, "--zone", "TPU_ZONE"),
+    ("run-workers.sh", NFS, "--runs-dir", "RUNS_DIR"),
+    ("skypilot-workers.sh", POOL, "--nfs", "NFS"),
+    ("skypilot-workers.sh", POOL, "--workers", "WORKERS"),
+    ("gke/run-workers.sh", PODS, "--claim", "RUNS_CLAIM"),
     ("gke/follow.sh", GKE, "--run-name", "RUN_NAME"),
     ("gke/delete.sh", GKE, "--cluster", "GKE_CLUSTER"),
 ]
@@ -208,10 +229,20 @@ def test_a_missing_setting_is_named(
         (["gke/run.sh", *GKE], "name an experiment"),
         (["gke/delete.sh", *GKE], "workload or cluster"),
         (["slurm.sh"], "name an experiment"),
+        (["slurm-workers.sh"], "name a study"),
+        (["workers.sh"], "name a study"),
+        (["workers.sh", "--per", "tpu", STUDY], "give chip, gpu or cpu"),
+        (["workers.sh", "--per", "gpu", "--workers", "0", STUDY], "there is no gpu for a worker"),
+        (["workers.sh", "--workers"], "--workers needs a value"),
+        (["run-workers.sh", *RUNS, STUDY], "workers cannot claim work in a bucket"),
+        (["run-workers.sh", *NFS], "name a study"),
+        (["gke/run-workers.sh", *PODS], "name a study"),
+        (["skypilot-workers.sh", *POOL], "name a study"),
     ],
 )
 def test_what_is_wrong_is_said(words: list[str], message: str, tmp_path: Path) -> None:
-    done = script(words[0], *([] if words == ["slurm.sh"] else ["--dry-run"]), *words[1:], cwd=tmp_path)
+    is_local = words[0] in LOCAL
+    done = script(words[0], *([] if is_local else ["--dry-run"]), *words[1:], cwd=tmp_path)
     assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
 
 
@@ -229,7 +260,7 @@ def test_help_is_the_header_and_all_settings(tmp_path: Path) -> None:
             assert (
                 script("follow.sh", option, cwd=tmp_path).stderr == f"follow.sh: {option} needs a value\n"
             ), variable
-    for name in ("slurm.sh", "host.sh"):
+    for name in (*LOCAL, "host.sh"):
         done = script(name, "--help", cwd=tmp_path)
         assert done.returncode == 0 and f"{name} " in done.stdout and "SBATCH" not in done.stdout
 
@@ -405,6 +436,100 @@ def test_slurm_resumes_and_queues_again(tmp_path: Path) -> None:
     assert batch(1) == (1, [f"{srun} --resume runs/7/nano-1"])
     (tmp_path / "runs" / "7" / "nano-1" / "result.json").write_text('{"status": "finished", "step": 10}')
     assert batch(1) == (0, [])
+
+
+# Workers of studies -----------------------------------------------------------------------------------------
+def run_in_tools(tmp_path: Path, *tools: str) -> dict[str, str]:
+    """A PATH whose tools note how they are called, in the file `calls`."""
+    for name in tools:
+        executable(tmp_path / name, f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/calls\n')
+    return {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+def test_the_job_of_kubernetes_is_filled_in(tmp_path: Path) -> None:
+    scripts = tmp_path / "checkout" / "tpu_scripts"
+    shutil.copytree(SCRIPTS, scripts)
+    words = ["--queue", "research", STUDY, "--only", 'a "good" arm', "--budget=a|b&c"]
+    done = subprocess.run(
+        ["bash", str(scripts / "gke" / "run-workers.sh"), *PODS, *words],
+        env=environment(**run_in_tools(tmp_path, "kubectl")),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "checkout" / "dist" / "gke" / "rates.yaml"
+    assert (tmp_path / "calls").read_text() == f"kubectl apply --filename={path}\n"
+    job = yaml.safe_load(path.read_text())
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+    assert job["metadata"] == {"name": "rates", "labels": {"kueue.x-k8s.io/queue-name": "research"}}
+    spec = job["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 8, 8)
+    # A rule that fails an index needs a limit per index, and pods that are not started again in place.
+    assert spec["backoffLimitPerIndex"] == 20 and spec["template"]["spec"]["restartPolicy"] == "Never"
+    actions = [rule["action"] for rule in spec["podFailurePolicy"]["rules"]]
+    assert actions == ["Ignore", "Count", "FailIndex"]
+    (container,) = spec["template"]["spec"]["containers"]
+    assert container["image"] == "registry/slmjax:1"
+    assert container["command"] == ["slmjax", "ablate", *words[2:], "--directory", "/runs/rates", "--worker"]
+    (volume,) = spec["template"]["spec"]["volumes"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "runs"}
+    assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/runs"}]
+    assert not re.findall(r"\b[A-Z]+_[A-Z]+\b", json.dumps({**job, "spec": {**spec, "template": {}}}))
+
+
+def test_the_pool_of_skypilot_runs_what_is_there() -> None:
+    pool = yaml.safe_load((SCRIPTS / "skypilot-pool.yaml").read_text())
+    worker = yaml.safe_load((SCRIPTS / "skypilot-worker.yaml").read_text())
+    # SkyPilot allows a pool no command, and its jobs neither a setup nor files.
+    assert set(pool) == {"pool", "workdir", "resources", "envs", "setup"} and pool["pool"] == {"workers": 1}
+    assert set(worker) == {"name", "resources", "envs", "run"}
+    assert worker["resources"]["accelerators"] == pool["resources"]["accelerators"]
+    run = shlex.split(worker["run"])
+    assert run[1:3] == ["bash", "tpu_scripts/workers.sh"] and (ROOT / run[2]).is_file()
+    names = {word.strip("$") for word in re.findall(r"\$[A-Z_]+", worker["run"])} - {"HOME", "PATH"}
+    assert names == set(worker["envs"]) and (ROOT / worker["envs"]["STUDY"]).is_file()
+
+
+def test_workers_end_with_the_status_that_matters(tmp_path: Path) -> None:
+    (tmp_path / "statuses").write_text("")
+    executable(
+        tmp_path / "slmjax",
+        f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $SLMJAX_DISTRIBUTED $*" >> {tmp_path}/calls\n'
+        f"exit $(sed -n $((CUDA_VISIBLE_DEVICES + 1))p {tmp_path}/statuses)\n",
+    )
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "0,1,2"}
+
+    def status(*statuses: int) -> int:
+        (tmp_path / "statuses").write_text("".join(f"{status}\n" for status in statuses))
+        return script("workers.sh", "--per", "gpu", "study.py", cwd=tmp_path, **variables).returncode
+
+    assert [status(0, 0, 0), status(1, 0, 75), status(2, 0, 1)] == [0, 75, 2]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert sorted(calls[:3]) == [f"{index} off ablate study.py --worker" for index in range(3)]
+
+
+def test_a_signal_reaches_every_worker_once_and_the_job_queues_again(tmp_path: Path) -> None:
+    variables = run_in_tools(tmp_path, "scontrol")
+    executable(
+        tmp_path / "slmjax",
+        "#!/bin/bash\n"
+        f"trap 'echo stopped >> {tmp_path}/calls; exit 75' TERM\n"
+        f"echo started >> {tmp_path}/calls\n"
+        "while :; do sleep 0.05; done\n",
+    )
+    variables |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "9", "CUDA_VISIBLE_DEVICES": "4,5"}
+    variables |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    job = subprocess.Popen(
+        ["bash", str(SCRIPTS / "slurm-workers.sh"), "study.py"], cwd=tmp_path, env=environment(**variables)
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "calls").exists() or (tmp_path / "calls").read_text().count("started") < 2:
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.02)
+    job.terminate()
+    assert job.wait(timeout=60) == 75
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == ["started", "started", "stopped", "stopped", "scontrol requeue 7_2"]
 
 
 if __name__ == "__main__":

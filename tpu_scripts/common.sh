@@ -17,6 +17,11 @@
 #   MAX_RESTARTS        --max-restarts N      how often a lost machine is replaced (default: 20)
 #   KEEP_TPU=1          --keep                until-done.sh leaves the machine in place at the end
 #   GKE_CLUSTER         --cluster NAME        the cluster that the scripts in gke/ use
+#   WORKERS             --workers N           number of workers of a study (gke/run-workers.sh, skypilot-workers.sh)
+#   IMAGE               --image IMAGE         container image with slmjax and the study (gke/run-workers.sh)
+#   RUNS_CLAIM          --claim CLAIM         claim of the volume for runs, which all pods may write to (gke/run-workers.sh)
+#   KUEUE_QUEUE         --queue QUEUE         local queue of Kueue that admits the workers (gke/run-workers.sh; default: default)
+#   NFS                 --nfs SERVER:/SHARE   file server for runs, which all machines mount (skypilot-workers.sh)
 #   DRY_RUN=1           --dry-run             print the commands, one per line and quoted for a shell, and do nothing
 #
 # Sourced by the scripts beside it; it does nothing by itself.
@@ -54,6 +59,11 @@ variable_of() {
     --poll-seconds) echo POLL_SECONDS ;;
     --max-restarts) echo MAX_RESTARTS ;;
     --cluster) echo GKE_CLUSTER ;;
+    --workers) echo WORKERS ;;
+    --image) echo IMAGE ;;
+    --claim) echo RUNS_CLAIM ;;
+    --queue) echo KUEUE_QUEUE ;;
+    --nfs) echo NFS ;;
     --resume) echo RESUME ;;
     *) fail "there is no option $1: see --help" ;;
   esac

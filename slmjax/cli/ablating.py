@@ -41,8 +41,13 @@ def ablate_command(argv: Sequence[str]) -> int:
         budget: Size | None = None
         # number of seeds (none: those of the file); further ones are added to those of the file
         seeds: int | None = None
-        # be one of several processes that train the members of this study, on any hosts
+        # be one of several processes that train the members of this study, on any hosts; it ends once the
+        # others train all that is left
         worker: bool = False
+        # as a worker, wait until the others have ended, too
+        wait: bool = False
+        # seconds after which a member is taken over from a worker that gives no sign of life
+        lease: float = 300.0
         # names of the arms to train now (none: all)
         only: tuple[str, ...] = ()
         # directory of results (none: runs/studies/ and the file's name)
@@ -106,11 +111,18 @@ def _run(args: Any, ablation: Any, outcomes: list[Any]) -> None:
     from rich.console import Console
 
     from slmjax.studies.ablation import run_ablation
+    from slmjax.studies.claims import Lease
     from slmjax.studies.running import run_study
 
     console = Console(stderr=args.json, highlight=False)
-    run = functools.partial(run_study, train=_announced(console, is_verbose=args.verbose), console=console)
-    for outcome in run_ablation(ablation, redo=args.redo, only=args.only, run=run):
+    run = functools.partial(
+        run_study,
+        train=_announced(console, is_verbose=args.verbose),
+        console=console,
+        lease=Lease(seconds=args.lease, heartbeat=args.lease / 10),
+    )
+    settings = {"redo": args.redo, "only": args.only, "worker": args.worker, "wait": args.wait}
+    for outcome in run_ablation(ablation, **settings, run=run):
         outcomes.append(outcome)
         for member in outcome.failed:
             print_stderr(f"{member.arm}, seed {member.seed} failed: {member.error}")

@@ -137,6 +137,8 @@ def run_ablation(
     *,
     redo: bool = False,
     only: Sequence[str] = (),
+    worker: bool = False,
+    wait: bool = False,
     run: RunStudy = run_study,
 ) -> Iterator[Outcome]:
     """Run the studies in order, and yield the outcome of each as soon as it has one.
@@ -147,6 +149,8 @@ def run_ablation(
       ablation: what to run.
       redo: train members again whose experiment has changed; the old runs stay.
       only: names of the arms to train now, for a part of a study (none: all).
+      worker: whether this is one of several processes that train the members (`run_study`).
+      wait: whether a worker waits for the others in the end, as it does where a later study builds on this.
       run: a replacement for `run_study`.
 
     Raises:
@@ -162,6 +166,7 @@ def run_ablation(
     on_change = OnChange.REDO if redo else OnChange.REFUSE
     directories = {study.name: _fix(ablation, study, on_change) for study in ablation.studies}
     copy_study(ablation.file, ablation.directory)
+    built_on = {each.name for study in ablation.studies for each in study.earlier}
     # Studies as they are run: an arm that builds on a tuned one builds on it at its own rate.
     ready: dict[str, Study] = {}
     for fixed in ablation.studies:
@@ -175,6 +180,7 @@ def run_ablation(
             on_change=directory.on_change,
             earlier=ablation.directory,
             **({"only": only} if only else {}),
+            **({"worker": True, "wait": wait or study.name in built_on} if worker else {}),
         )
         yield conclude(study, members, directory)
 
