@@ -6,13 +6,12 @@
             ...                                 # train; `claim.require()` raises once the claim is lost
             claim.record(dataclasses.asdict(member))
 
-    DIRECTORY/claims/ARM/seed-N/1.json      an event of a member; no file is ever changed
-    DIRECTORY/claims/ARM/seed-N/1.beat      a counter that the holder of claim 1 increases
-
-**Events.** A member is claimed, and its claim ends with a record or a release, or another process takes it
-over. Each event has the next number and is created by `link`, which fails if the file exists: of two
-processes that want the same number, one gets it. The number of a claim is its fencing token. A holder that
-has lost its claim cannot record anything, since the number after its own is taken.
+**Events.** DIRECTORY/claims/ARM/seed-N/ has a file for each event of a member, `1.json` and so on, none of
+which is ever changed, and for claim 1 `1.beat`, a counter that its holder increases. A member is claimed, and
+its claim ends with a record or a release, or another process takes it over. Each event has the next number
+and is created by `link`, which fails if the file exists: of two processes that want the same number, one gets
+it. The number of a claim is its fencing token. A holder that has lost its claim cannot record anything, since
+the number after its own is taken.
 
 **Leases.** A claim whose counter does not change for the length of its lease, by the monotonic clock of the
 process that looks, has expired. No two clocks are compared, and the time of day is not used. On Linux a

@@ -1,6 +1,6 @@
 """The members of a study that are left, in order, as one of many processes takes them.
 
-    queue = MemberQueue(study, directory, claims)
+    queue = MemberQueue(study, directory, claims, only=None, on_change=OnChange.REFUSE, earlier=parent)
     while (task := queue.take()) is not None:
         ...                                     # train it, and record or release `task.claim`
 
