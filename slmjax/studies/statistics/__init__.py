@@ -10,4 +10,7 @@ Files in reading order:
 - power.py: effects that a number of seeds resolves, and seeds that an effect takes
 - sequential.py: levels of fixed looks
 - verdicts.py: verdicts on comparisons
+- proportions.py: exact intervals of proportions
+- documents.py: uncertainty by seeds and by held-out documents
+- campaigns.py: false discoveries over many studies
 """
