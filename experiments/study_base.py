@@ -111,6 +111,6 @@ def base(size: str) -> Experiment:
             batch_size=dims.batch_size,
             heldout_fraction=nano.data.heldout_fraction,
         ),
-        eval=dataclasses.replace(nano.eval, every=dims.steps, sample=False),
+        eval=dataclasses.replace(nano.eval, every=dims.steps // 6, sample=False),
         run=dataclasses.replace(nano.run, name="member", steps=dims.steps, sample_prompts=()),
     )
