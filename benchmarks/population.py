@@ -60,7 +60,7 @@ def measure(directory: Path, count: int, *, train: bool, **sizes: int) -> dict[s
     members = [member(seed, directory=directory / "together", **sizes) for seed in range(count)]
     tokens = sizes["batch_size"] * sizes["length"] * count
     pace = population_pays(members)
-    figures: dict[str, float | str] = {
+    metrics: dict[str, float | str] = {
         "device": jax.devices()[0].device_kind,
         "members": count,
         "tokens_per_second_in_turn": round(tokens / pace.seconds_in_turn),
@@ -71,18 +71,18 @@ def measure(directory: Path, count: int, *, train: bool, **sizes: int) -> dict[s
         quiet = Console(quiet=True)
         started = time.perf_counter()
         together = train_population(members, console=quiet)
-        figures["seconds_together"] = round(time.perf_counter() - started, 2)
+        metrics["seconds_together"] = round(time.perf_counter() - started, 2)
         started = time.perf_counter()
         alone = [
             slmjax.train(member(seed, directory=directory / "alone", **sizes), console=quiet)
             for seed in range(count)
         ]
-        figures["seconds_in_turn"] = round(time.perf_counter() - started, 2)
-        figures["largest_difference_of_losses"] = max(
+        metrics["seconds_in_turn"] = round(time.perf_counter() - started, 2)
+        metrics["largest_difference_of_losses"] = max(
             abs(ours.loss - other.loss) for ours, other in zip(together, alone, strict=True)
         )
-        figures["parameters"] = together[0].parameters
-    return figures
+        metrics["parameters"] = together[0].parameters
+    return metrics
 
 
 def main() -> None:
@@ -97,10 +97,10 @@ def main() -> None:
     for parameters in options.parameters:
         for count in options.members:
             with tempfile.TemporaryDirectory() as directory:
-                figures = measure(
+                metrics = measure(
                     Path(directory), count, train=options.train is not None, width=WIDTHS[parameters], **sizes
                 )
-            print(json.dumps({"size": parameters} | figures), flush=True)
+            print(json.dumps({"size": parameters} | metrics), flush=True)
 
 
 if __name__ == "__main__":

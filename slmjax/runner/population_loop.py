@@ -25,6 +25,7 @@ import numpy as np
 from slmjax import faults
 from slmjax.data.batch import Batch
 from slmjax.losses import TeacherOutput
+from slmjax.ownership import require_ownership
 from slmjax.parallel.batches import place_batch, place_batches
 from slmjax.parallel.mesh import population_mesh
 from slmjax.runner import quant_phases
@@ -75,6 +76,7 @@ class Population:
         while self.active:
             state, metrics = self._step(state)
             self._after_step(state, metrics)
+            require_ownership()
             if self.active and (signal := self._signals.requested()) is not None:
                 self._progress.print(f"{signal.name} received after step {self.step}: saving")
                 for number in self.active:

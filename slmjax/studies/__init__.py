@@ -21,6 +21,7 @@ Files in reading order:
 - claims.py: which process trains a member, on any host.
 - stopping.py: arms that are not trained to the end.
 - study.py: a study and its members; member_queue.py: those that are left, as each of many workers sees them.
+- groups.py: members that share a program and are trained together.
 - running.py: members are trained, derived and resumed.
 - matching.py: arms made equal to the baseline, in parameters, FLOPs and others.
 - questions.py: what is asked of results, and their table; caveats.py: notes on what does not compare.

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,17 @@ class MemberQueue:
         self._elsewhere: list[State] = []  # claimed by other processes, at the last look
         self._logged: set[tuple[str, int]] = set()
 
-    def take(self) -> Task | None:
-        """Claim the first member that is free. None if there is none."""
+    def free(self) -> list[tuple[Arm | Derived, int]]:
+        """Return the members that are left and that no process has claimed."""
+        return [
+            (arm, seed)
+            for arm, seed in self.left
+            if not (state := self.claims.look(_key(arm, seed))).is_claimed
+            and self._outcome(arm, seed, state) is None
+        ]
+
+    def take(self, accepts: Callable[[Arm | Derived, int], bool] | None = None) -> Task | None:
+        """Claim the first member that is free, of those that `accepts` is true for. None if there is none."""
         self._elsewhere = []
         self._awaits_decision = False
         if self.study.stopping is not None:
@@ -104,6 +113,8 @@ class MemberQueue:
                 continue
             if state.is_claimed:
                 self._elsewhere.append(state)
+                continue
+            if accepts is not None and not accepts(arm, seed):
                 continue
             # A member waits for what it is made from, which comes before it in the order.
             if (name := _built_on(arm)) is not None and (name, seed) not in self.ended:

@@ -32,10 +32,12 @@ from rich.console import Console
 from slmjax.config import fingerprint
 from slmjax.ownership import owned_by, require_ownership
 from slmjax.runner import trainer
+from slmjax.runner.population import train_population
 from slmjax.stop_signals import Stopped, StopSignals
 from slmjax.studies.arms import Arm, Derived
 from slmjax.studies.claims import ClaimLost, Claims, Lease, locked
 from slmjax.studies.derived import derive
+from slmjax.studies.groups import Populations, tasks_together
 from slmjax.studies.member_queue import MemberQueue, Task, evaluation_at, metric_at
 from slmjax.studies.study import (
     DIVERGED,
@@ -76,6 +78,7 @@ def run_study(
     wait: bool = False,
     lease: Lease = LEASE,
     earlier: str | Path | None = None,
+    populations: Populations = Populations.AUTO,
 ) -> tuple[Member, ...]:
     """Train the members that have not ended yet, and return all that have.
 
@@ -96,6 +99,9 @@ def run_study(
       wait: whether a worker waits, too.
       lease: of the claims of this process.
       earlier: the directory that has those of the study's earlier studies (none: the one `directory` is in).
+      populations: whether members that share a program, such as the seeds of an arm, are trained in one. AUTO
+        measures whether it is faster, and lets workers share the members instead. With another `train` they
+        are trained one after another.
 
     Raises:
       ValueError: an experiment has changed (`read_members`), there is no such arm, the processes of this
@@ -112,6 +118,8 @@ def run_study(
     directory.mkdir(parents=True, exist_ok=True)
     claims = Claims(directory, lease=lease, needs_links=worker)
     earlier = Path(earlier or directory.absolute().parent)
+    if train is not trainer.train or (worker and populations is Populations.AUTO):
+        populations = Populations.NEVER
     queue = MemberQueue(study, directory, claims, only=only, on_change=on_change, earlier=earlier)
     # Between trainings, too, a worker ends in order: its claims are released.
     with _stopping_in_order(worker) as signals, claims:
@@ -119,8 +127,7 @@ def run_study(
             if signals is not None and signals.received:
                 raise Interrupted("stopped between two members: start the worker again to train the rest")
             if (task := queue.take()) is not None:
-                with contextlib.suppress(ClaimLost):
-                    _run_member(queue, task, train=train, console=console)
+                _run_members(queue, task, populations=populations, train=train, console=console)
             elif queue.is_done or (worker and not wait and queue.is_in_good_hands):
                 break
             else:
@@ -174,6 +181,53 @@ def _run_member(queue: MemberQueue, task: Task, *, train: Train, console: Consol
             claim.release()
         raise
     _append_line(directory / MEMBERS, fields)
+
+
+def _run_members(
+    queue: MemberQueue, first: Task, *, populations: Populations, train: Train, console: Console | None
+) -> None:
+    """Train or derive a member, and those that are trained in one program with it, and record them."""
+    tasks = tasks_together(queue, first, populations=populations)
+
+    def require(now: bool) -> None:
+        for task in tasks:
+            task.claim.require(now)
+
+    if len(tasks) > 1:
+        with owned_by(require):
+            _train_group(queue, tasks, console=console)
+    # Runs that have ended are recorded, and others trained alone.
+    for task in tasks:
+        with contextlib.suppress(ClaimLost):
+            _run_member(queue, task, train=train, console=console)
+
+
+def _train_group(queue: MemberQueue, tasks: Sequence[Task], *, console: Console | None) -> None:
+    """Train members in one program; an error is logged, and leaves runs that can be resumed.
+
+    Raises:
+      Interrupted: a signal stopped the training, and all states are saved.
+    """
+    experiments = []
+    runs = []
+    for task in tasks:
+        experiment = _experiment(queue.study, task, queue.directory, source_run=None)
+        run, result = _earlier_run(experiment, fence=task.claim.fence)
+        if result is None:
+            experiments.append(experiment)
+            runs.append(run)
+    names = ", ".join(f"{task.arm.name} seed {task.seed}" for task in tasks)
+    log.info("study %s: in one program: %s", queue.study.name, names)
+    try:
+        results = train_population(experiments, resume=runs, console=console) if experiments else []
+    except ClaimLost as error:
+        log.warning("study %s: %s. The members that are left are trained alone", queue.study.name, error)
+    except Exception:
+        log.exception("study %s: training in one program failed: members are trained alone", queue.study.name)
+    else:
+        # A signal stops the whole study.
+        if any(result.status not in (FINISHED, DIVERGED) for result in results):
+            raise Interrupted(f"stopped at {names}, whose runs are saved: run the study again to resume them")
 
 
 def _append_line(path: Path, fields: dict[str, Any]) -> None:
