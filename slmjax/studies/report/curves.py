@@ -1,6 +1,6 @@
 """Learning curves over seeds, thinned: for each arm the mean of its finished runs, with lowest and highest.
 
-    charts = curve_charts(runs, metric="bits_per_byte")     # runs: RunRecords by arm and seed
+    charts = curve_charts(runs, statuses=statuses, metric="bits_per_byte")     # runs by arm and seed
 
 Losses of training are averaged over a range of steps for each point. A run that diverged has a curve of its
 own: within a mean it would make the last steps those of other seeds than the first ones.

@@ -3,10 +3,8 @@
     planned = read_planned("studies/width")
     planned.costs["wide"]["flops"]
 
-    DIRECTORY/plan.json        arms with their experiments; costs and matched, if they were counted
-    DIRECTORY/tuned.json       the learning rate of each arm, if rates were tuned
-
-What is not there is empty: results from elsewhere have no plan.
+`plan.json` has the arms with their experiments, and the costs and matches that were counted; `tuned.json` the
+learning rate of each arm, if rates were tuned. What is not there is empty: results from elsewhere have no plan.
 """
 
 import dataclasses
