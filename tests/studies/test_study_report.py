@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from slmjax import config
+from slmjax.checkpoints.model_file import write_model_file
 from slmjax.cli import main
-from slmjax.studies import analyze, run_study, write_findings
+from slmjax.studies import analyze, read_findings, run_study, write_findings
+from slmjax.studies.costs import arm_cost
 from slmjax.studies.report import (
     StudyReport,
     forest_picture,
@@ -26,6 +28,7 @@ from slmjax.studies.report import (
     write_from_data,
     write_report_files,
     write_study_report,
+    write_tuned,
 )
 from slmjax.studies.report.charts import tradeoffs
 from slmjax.studies.report.curves import POINTS, curve_charts
@@ -36,6 +39,7 @@ from slmjax.studies.report.planned import read_planned
 from slmjax.studies.report.sentences import losers, short_summary, summary
 from slmjax.studies.report.verdict_charts import LONGEST_INTERVAL, forest_chart
 from slmjax.studies.study_directory import StudyDirectory
+from slmjax.studies.tuning import TriedRate, Tuned
 from slmjax.telemetry.report.charts import COLOURS, DARK_COLOURS
 from slmjax.telemetry.report.reading import read_run
 from tests.browser import holds, installed_browser, look_in_frame
@@ -338,33 +342,66 @@ def test_members_of_another_experiment_do_not_count(tmp_path: Path) -> None:
 
 
 def test_what_was_planned_is_shown(trained: Path) -> None:
-    """Costs that were counted, what was made equal, and the rates that were chosen."""
+    """What was made equal, and the rates that were chosen."""
     experiment = config.to_json(stub_experiment())
     match = {"arm": "third", "quantity": "flops", "dimension": "steps", "target": 1e12, "before": 2e12}
     match |= {"after": 1.005e12, "value_before": 20, "value_after": 10, "tolerance": 0.01}
     plan = {
         "size": "large",
         "arms": {"slow": {"experiment": experiment}, "rounded": {"derived_from": "slow"}},
-        "costs": {"slow": {"flops": 1e12, "parameters": 5, "epochs": None}},
         "matched": [match, {**match, "after": 1.02e12}],
     }
-    tried = [{"rate": 1e-3, "value": 1.5, "status": "finished"}, {"rate": 2e-3, "value": None}]
-    tuned = [{"arm": "slow", "rate": 1e-3, "tried": tried, "seeds": [1000], "is_resolved": False}]
+    tuned = Tuned(
+        arm="slow",
+        metric="bits_per_byte",
+        seeds=(1000,),
+        tried=(
+            TriedRate(rate=1e-3, value=1.5, status="finished"),
+            TriedRate(rate=2e-3, value=None, status="diverged"),
+        ),
+        own_rate=1e-3,
+        rate=1e-3,
+        value=1.5,
+        is_fitted=False,
+        is_resolved=False,
+        reason="the best rate is the lowest",
+        sensitivity=0.02,
+        ceiling=3.0,
+    )
     (trained / "plan.json").write_text(json.dumps(plan))
-    (trained / "tuned.json").write_text(json.dumps(tuned))
+    write_tuned(trained, [tuned])
     planned = read_planned(trained)
-    assert planned.costs == {"slow": {"flops": 1e12, "parameters": 5.0}} and planned.size == "large"
+    assert planned.size == "large"
     assert [(item.is_met, item.changed) for item in planned.matched] == [
         (True, "steps 20 to 10"),
         (False, "steps 20 to 10"),
     ]
     [rate] = planned.tuned
     assert rate.tried == ((1e-3, 1.5), (2e-3, None)) and not rate.is_resolved
+    assert (rate.sensitivity, rate.text, rate.seeds) == (0.02, "the best rate is the lowest", (1000,))
     assert planned.derived_from == {"rounded": "slow"}
     assert planned.experiments["slow"].config == experiment
     (trained / "plan.json").write_text("[]")
     with pytest.raises(ValueError, match=r"plan\.json.*restore the file"):
         read_planned(trained)
+
+
+def test_costs_are_counted_once_from_the_settings_of_runs(trained: Path) -> None:
+    [run] = (trained / "slow" / "seed-0").iterdir()
+    write_model_file(run, dataclasses.replace(stub_experiment().model, vocab_size=512))
+    findings = read_findings(trained)
+    write_study_report(trained, findings)
+    costs = {arm.name: arm.costs for arm in read_report(trained / "report.json").arms}
+    expected = arm_cost(stub_experiment(), vocab_size=512)
+    assert costs["slow"]["flops"] == expected.flops and "flops" not in costs["third"]
+    assert costs["slow"]["deployed_bytes"] == expected.deployed_bytes
+    # What runs have measured counts more.
+    assert costs["slow"]["tokens"] == 1_064_778 and costs["slow"]["parameters"] == 1
+    before = (trained / "costs.json").read_text()
+    config_file = run / "config.json"
+    config_file.write_text(config_file.read_text().replace('"steps": 10', '"steps": 20'))
+    write_study_report(trained, findings)
+    assert (trained / "costs.json").read_text() == before, "the member is the same"
 
 
 def test_a_damaged_run_does_not_hide_the_others(trained: Path) -> None:

@@ -18,8 +18,10 @@ Files in reading order:
 - page.py: the page
 - documents.py: Markdown, LaTeX and CSV
 - entries.py: entries of a log of questions
-- curves.py: learning curves over seeds
+- records.py: members and their run directories
 - planned.py: what a study's directory has of its plan
+- counting.py: costs of arms
+- curves.py: learning curves over seeds
 - gathering.py: a report from findings and run directories
 - progress.py: findings of a study that has not ended
 - files.py: all files of a report
@@ -36,6 +38,7 @@ from slmjax.studies.report.files import (
     write_study_report,
 )
 from slmjax.studies.report.gathering import gather, report_of
+from slmjax.studies.report.planned import write_tuned
 from slmjax.studies.report.verdict_charts import forest_picture
 
 __all__ = [
@@ -52,4 +55,5 @@ __all__ = [
     "write_from_data",
     "write_report_files",
     "write_study_report",
+    "write_tuned",
 ]

@@ -10,11 +10,13 @@ from pathlib import Path
 from slmjax.atomic_files import write_text
 from slmjax.stored_json import read_object
 from slmjax.studies.findings import Findings
+from slmjax.studies.report.counting import count_costs
 from slmjax.studies.report.data import REPORT, StudyReport, read_report, write_report_data
 from slmjax.studies.report.documents import latex, markdown, members_csv, verdicts_csv
 from slmjax.studies.report.gathering import gather
 from slmjax.studies.report.page import study_page
 from slmjax.studies.report.progress import findings_so_far
+from slmjax.studies.report.records import recorded_members
 from slmjax.studies.report.verdict_charts import forest_picture
 from slmjax.telemetry.report.charts import converter
 from slmjax.telemetry.report.page import write_page
@@ -47,7 +49,8 @@ def directories_of(path: str | Path) -> tuple[Path, ...]:
 def write_study_report(directory: str | Path, findings: Findings | None = None) -> Path:
     """Write the report of a study to its directory, and return the path of the page.
 
-    Without the `plot` extra there is no page, which the log says: the path is then that of report.md.
+    With new findings, the costs of arms are counted first, which takes seconds for each arm. Without the
+    `plot` extra there is no page, which the log says: the path is then that of report.md.
 
     Args:
       directory: of the study, complete or not; or one with report.json alone, from which the other files are
@@ -59,6 +62,9 @@ def write_study_report(directory: str | Path, findings: Findings | None = None) 
       DamagedFile: a file of the study is damaged.
     """
     directory = Path(directory)
+    if findings is not None:
+        arms = tuple(arm.arm for arm in findings.arms)
+        count_costs(directory, recorded_members(directory, arms=arms, seeds=findings.seeds))
     # A study that took hours must not end in an error because of its page.
     return write_report_files(study_report(directory, findings), directory, needs_page=False)
 

@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slmjax.stored_json import check_object
-from slmjax.studies.arms import directory_name
 from slmjax.studies.findings import Comparison, Findings
 from slmjax.studies.layout import budget_line
+from slmjax.studies.report.counting import read_costs
 from slmjax.studies.report.curves import curve_charts
 from slmjax.studies.report.data import (
     ArmReport,
@@ -28,11 +27,12 @@ from slmjax.studies.report.data import (
     StudyReport,
 )
 from slmjax.studies.report.planned import Planned, read_planned
+from slmjax.studies.report.records import directory_of_run, recorded_members
 from slmjax.studies.statistics.samples import Interval, PairedDifference, Summary
 from slmjax.studies.study import DIVERGED, FAILED, FINISHED, MEMBERS, Member
 from slmjax.telemetry.report.comparison import shown_differences
 from slmjax.telemetry.report.reading import RunRecords, read_run
-from slmjax.telemetry.run_directory import read_log, with_present_names
+from slmjax.telemetry.run_directory import read_log
 
 # Costs that results have; those that are counted beforehand come with the plan.
 _MEASURED = ("tokens", "seconds", "tokens_per_second", "parameters", "memory_bytes", "deployed_bytes")
@@ -87,11 +87,12 @@ def gather(directory: str | Path, findings: Findings) -> StudyReport:
     runs, notes = _read_runs(directory, members)
     statuses = {(member.arm, member.seed): member.status for member in members}
     planned = read_planned(directory)
+    counted = read_costs(directory)
     settings_of, settings = _settings(findings, runs, planned)
     return dataclasses.replace(
         report,
         date=_newest_date(directory),
-        arms=tuple(_with_plan(arm, planned) for arm in report.arms),
+        arms=tuple(_with_plan(arm, planned, counted.get(arm.name, {})) for arm in report.arms),
         matched=planned.matched,
         tuned=planned.tuned,
         curves=curve_charts(runs, statuses=statuses, metric=findings.metric),
@@ -101,24 +102,6 @@ def gather(directory: str | Path, findings: Findings) -> StudyReport:
         commands=_commands(directory, list(runs.values()), planned),
         notes=(*report.notes, *notes),
     )
-
-
-def recorded_members(
-    directory: str | Path, *, arms: Sequence[str], seeds: Sequence[int]
-) -> tuple[Member, ...]:
-    """Return the members of these arms and seeds in members.jsonl, the last record of each."""
-    path = Path(directory) / MEMBERS
-    fields = {"arm": str, "seed": int, "fingerprint": str, "status": str, "result": dict, "evaluation": dict}
-    remedy = "remove the line, and the member is read from its run the next time the study is run"
-    names = {field.name for field in dataclasses.fields(Member)}
-    latest: dict[tuple[str, int], Member] = {}
-    for record in read_log(path, kind="member") if path.is_file() else []:
-        check_object(record, fields, optional={"error": str}, name=f"a record of {path}", remedy=remedy)
-        known = {name: value for name, value in record.items() if name in names}
-        member = Member(**{**known, "result": with_present_names(record["result"])})
-        latest[member.arm, member.seed] = member
-    keys = [(arm, seed) for seed in seeds for arm in arms]
-    return tuple(latest[key] for key in keys if key in latest)
 
 
 # Findings ---------------------------------------------------------------------------------------------------
@@ -268,7 +251,7 @@ def _read_runs(
     runs = {}
     notes = []
     for member in members:
-        path = _run_directory(directory, member)
+        path = directory_of_run(directory, member)
         if path is None:
             continue
         try:
@@ -279,20 +262,10 @@ def _read_runs(
     return runs, notes
 
 
-def _run_directory(directory: Path, member: Member) -> Path | None:
-    recorded = member.result.get("run_dir")
-    if not isinstance(recorded, str):
-        return None
-    path = Path(recorded)
-    # A study that was moved has its runs at the same place inside.
-    inside = directory / directory_name(member.arm) / f"seed-{member.seed}" / path.name
-    return next((each for each in (path, inside) if (each / "config.json").is_file()), None)
-
-
-def _with_plan(arm: ArmReport, planned: Planned) -> ArmReport:
-    """Return an arm with the costs that were counted beforehand; those that were measured count more."""
+def _with_plan(arm: ArmReport, planned: Planned, counted: Mapping[str, float]) -> ArmReport:
+    """Return an arm with the costs that were counted; those that were measured count more."""
     about = f"derived from {planned.derived_from[arm.name]}" if arm.name in planned.derived_from else ""
-    return dataclasses.replace(arm, about=about, costs={**planned.costs.get(arm.name, {}), **arm.costs})
+    return dataclasses.replace(arm, about=about, costs={**counted, **arm.costs})
 
 
 def _settings(

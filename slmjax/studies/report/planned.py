@@ -1,22 +1,25 @@
-"""What a study's directory has of its plan: costs that were counted, matches, learning rates, settings.
+"""What a study's directory has of its plan: matches, learning rates, settings.
 
     planned = read_planned("studies/width")
-    planned.costs["wide"]["flops"]
+    planned.matched[0].changed                        # "steps 300 to 250"
 
-`plan.json` has the arms with their experiments, and the costs and matches that were counted; `tuned.json` the
-learning rate of each arm, if rates were tuned. What is not there is empty: results from elsewhere have no plan.
+`plan.json` has the arms with their experiments, and what was chosen to make them equal; `tuned.json` the
+learning rate of each arm, if rates were tuned. What is not there is empty: results from elsewhere have no
+plan.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from slmjax.stored_json import check_list, read_json, read_object
 from slmjax.studies.report.data import MatchReport, TunedReport
 from slmjax.studies.study_directory import PLAN
+from slmjax.studies.tuning import Tuned
 from slmjax.telemetry.report.reading import RunRecords, number
+from slmjax.telemetry.run_directory import write_json
 
 TUNED = "tuned.json"
 
@@ -26,7 +29,6 @@ class Planned:
     """The plan of a study, as far as its directory has it."""
 
     size: str | None = None  # that its file was asked for
-    costs: Mapping[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # by arm
     matched: tuple[MatchReport, ...] = ()
     tuned: tuple[TunedReport, ...] = ()
     derived_from: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by derived arm
@@ -48,14 +50,13 @@ def read_planned(directory: str | Path) -> Planned:
         check_list(tuned, {"arm": str, "rate": float, "tried": list}, name=TUNED, remedy=remedy)
     if not (directory / PLAN).is_file():
         return Planned(tuned=tuple(map(_tuned, tuned)))
-    optional = {"size": str, "arms": dict, "costs": dict, "matched": list}
+    optional = {"size": str, "arms": dict, "matched": list}
     plan = read_object(directory / PLAN, optional=optional, remedy=remedy)
     arms = {name: arm for name, arm in (plan.get("arms") or {}).items() if isinstance(arm, dict)}
     matched = plan.get("matched") or []
     check_list(matched, {"arm": str, "quantity": str}, name=f"'matched' of {PLAN}", remedy=remedy)
     return Planned(
         size=plan.get("size"),
-        costs={arm: _numbers(costs) for arm, costs in (plan.get("costs") or {}).items()},
         matched=tuple(map(_matched, matched)),
         tuned=tuple(map(_tuned, tuned)),
         derived_from={name: str(arm["derived_from"]) for name, arm in arms.items() if "derived_from" in arm},
@@ -67,9 +68,9 @@ def read_planned(directory: str | Path) -> Planned:
     )
 
 
-def _numbers(costs: Any) -> dict[str, float]:
-    fields = costs if isinstance(costs, dict) else {}
-    return {name: value for name, each in fields.items() if (value := number(each)) is not None}
+def write_tuned(directory: str | Path, tuned: Sequence[Tuned]) -> Path:
+    """Write the learning rates of a study to its directory, for its report."""
+    return write_json(Path(directory) / TUNED, [dataclasses.asdict(item) for item in tuned])
 
 
 def _matched(record: Mapping[str, Any]) -> MatchReport:
@@ -87,6 +88,7 @@ def _matched(record: Mapping[str, Any]) -> MatchReport:
         after=reached,
         changed="nothing" if before == after else f"{record.get('dimension')} {before} to {after}",
         is_met=is_met,
+        text=str(record.get("text") or ""),
     )
 
 

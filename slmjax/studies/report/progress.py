@@ -11,7 +11,7 @@ from slmjax.stored_json import read_object
 from slmjax.studies.design import Budget
 from slmjax.studies.findings import Findings, analyze_members, read_findings
 from slmjax.studies.questions import Question
-from slmjax.studies.report.gathering import recorded_members
+from slmjax.studies.report.records import recorded_members
 from slmjax.studies.statistics.results_table import Rules
 from slmjax.studies.study import Member
 from slmjax.studies.study_directory import CHANGES, PLAN
