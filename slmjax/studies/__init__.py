@@ -23,6 +23,7 @@ Files in reading order:
 - study.py: a study and its members; member_queue.py: those that are left, as each of many workers sees them.
 - groups.py: members that share a program and are trained together.
 - running.py: members are trained, derived and resumed.
+- planned.py: experiments before the runs that they build on.
 - matching.py: arms made equal to the baseline, in parameters, FLOPs and others.
 - questions.py: what is asked of results, and their table; caveats.py: notes on what does not compare.
 - results_files.py: rows of files and directories; foreign_results.py: their columns as a question.
@@ -30,6 +31,7 @@ Files in reading order:
 - findings.py: comparisons and verdicts; layout.py shows them; text_tables.py aligns their tables.
 - noise.py: the ledger of noise of all studies.
 - tuning.py: each arm at its own best learning rate.
+- plan.py: what a study will take, and what it can find.
 - report/: the page of a study, its tables for texts, and the data that they show.
 - recovery.py: what quantization-aware training recovers; recovery_layout.py shows it.
 - ablation.py: a study file from its question to its findings.
@@ -59,6 +61,7 @@ from slmjax.studies.layout import (
 )
 from slmjax.studies.matching import CannotMatch, Matched, at_matched, match_arms
 from slmjax.studies.noise import expected_deviation, ledger_of, record_noise
+from slmjax.studies.plan import PlannedArm, Power, StudyPlan, plan_study
 from slmjax.studies.questions import Question
 from slmjax.studies.recovery import (
     ArmRecovery,
@@ -155,6 +158,10 @@ __all__ = [
     "Summary",
     "Verdict",
     "TextSize",
+    "PlannedArm",
+    "Power",
+    "StudyPlan",
+    "plan_study",
     "TriedRate",
     "Tuned",
     "TuningUnfinished",

@@ -28,6 +28,7 @@ from slmjax.studies.arms import Arm
 from slmjax.studies.changes import with_changes
 from slmjax.studies.costs import cost_in, text_size, vocab_size_of
 from slmjax.studies.design import Dimension, Match, Quantity
+from slmjax.studies.planned import planned_experiment
 from slmjax.studies.study import Study
 from slmjax.training.experiment import Experiment
 
@@ -111,13 +112,15 @@ def match_arms(study: Study, *, seconds: Seconds | None = None) -> tuple[Study, 
     if not study.matched:
         return study, ()
     _check_allowed(study)
-    baseline = _Measured(study.experiment(study.trained(study.baseline).name, study.seeds[0]), seconds)
-    targets = [baseline.of(match.quantity) for match in study.matched]
+    base = study.trained(study.baseline).name
+    with planned_experiment(study, base, study.seeds[0]) as experiment:
+        baseline = _Measured(experiment, seconds)
+        targets = [baseline.of(match.quantity) for match in study.matched]
     chosen: list[Matched] = []
     for arm in study.arms:
-        if isinstance(arm, Arm) and arm.name != study.trained(study.baseline).name:
-            experiment = study.experiment(arm.name, study.seeds[0])
-            chosen += _match_arm(arm.name, experiment, study.matched, targets, seconds)
+        if isinstance(arm, Arm) and arm.name != base:
+            with planned_experiment(study, arm.name, study.seeds[0]) as experiment:
+                chosen += _match_arm(arm.name, experiment, study.matched, targets, seconds)
     for choice in chosen:
         log.info("matched %s", choice.text)
     allowed = {(match.quantity, name) for match in study.matched for name in match.allow}

@@ -133,7 +133,7 @@ def tuning_study(study: Study) -> Study:
         dataclasses.replace(_at_rate(arm, rate, name=_name(arm.name, rate)), after=sources.of(study, arm))
         for arm in study.arms
         if isinstance(arm, Arm)
-        for rate in _grid(study, arm.name)
+        for rate in rates_of(study, arm.name)
     )
     return Study(
         name=f"{study.name}, learning rates",
@@ -203,7 +203,7 @@ def choose_rates(study: Study, members: Sequence[Member]) -> tuple[Tuned, ...]:
             continue
         runs = {
             rate: [by_key.get((_name(arm.name, rate), seed)) for seed in study.tune.seeds]
-            for rate in _grid(study, arm.name)
+            for rate in rates_of(study, arm.name)
         }
         if any(member is None for of_rate in runs.values() for member in of_rate):
             missing.append(arm.name)
@@ -270,7 +270,8 @@ def _name(arm: str, rate: float) -> str:
     return f"{arm} at {rate:.6g}"
 
 
-def _grid(study: Study, arm: str) -> tuple[float, ...]:
+def rates_of(study: Study, arm: str) -> tuple[float, ...]:
+    """Return the rates that an arm of a tuned study is tried at, in rising order."""
     assert study.tune is not None
     return study.tune.grid(study.experiment(arm, study.tune.seeds[0]).optim.lr)
 
