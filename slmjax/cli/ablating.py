@@ -2,9 +2,7 @@
 
 import dataclasses
 import enum
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from slmjax.cli.options import asks_for_help, parse, positional, print_json, print_stderr
@@ -39,7 +37,8 @@ def ablate_command(argv: Sequence[str]) -> int:
         plan: bool = False
         # size of the study, passed to `def study(size)` (none: small)
         budget: Size | None = None
-        # number of seeds (none: those of the file); further ones are added to those of the file
+        # number of seeds (none: those of the file, or as many as STUDY_DIR had last); more than in the file are
+        # added to its own
         seeds: int | None = None
         # be one of several processes that train the members of this study, on any hosts; it ends once the
         # others train all that is left
@@ -100,7 +99,10 @@ def _ablate(args: Any, signals: StopSignals) -> int:
     if args.json:
         print_json(_summary(ablation, outcomes, status=status, command=command))
     if failed:
-        print_stderr(f"{failed} members failed: their errors are above. To try them again: {command}")
+        members = (
+            "1 member failed, with the error" if failed == 1 else f"{failed} members failed, with the errors"
+        )
+        print_stderr(f"{members} above. To try again: {command}")
     return 1 if failed else 0
 
 
@@ -114,18 +116,15 @@ def _run(args: Any, ablation: Any, outcomes: list[Any]) -> None:
     from slmjax.studies.claims import Lease
     from slmjax.studies.running import run_study
 
-    console = Console(stderr=args.json, highlight=False)
-    run = functools.partial(
-        run_study,
-        train=_announced(console, is_verbose=args.verbose),
-        console=console,
-        lease=Lease(seconds=args.lease, heartbeat=args.lease / 10),
-    )
+    # A line for each member, unless each step is asked for.
+    console = Console(stderr=True, highlight=False, quiet=not args.verbose)
+    lease = Lease(seconds=args.lease, heartbeat=args.lease / 10)
+    run = functools.partial(run_study, console=console, lease=lease)
     settings = {"redo": args.redo, "only": args.only, "worker": args.worker, "wait": args.wait}
     for outcome in run_ablation(ablation, **settings, run=run):
         outcomes.append(outcome)
-        for member in outcome.failed:
-            print_stderr(f"{member.arm}, seed {member.seed} failed: {member.error}")
+        if outcome.num_left:
+            print_stderr(f"{outcome.study.name}: {outcome.num_left} members have not ended yet")
         if not args.json:
             _print(outcome)
 
@@ -136,39 +135,12 @@ def _print(outcome: Any) -> None:
 
     # A study of one arm has nothing to compare; others build on it.
     if len(outcome.study.arms) > 1:
-        print()
+        print(f"\n{outcome.study.question}\n" if outcome.study.question else "")
         print_findings(outcome.findings)
     if outcome.recovery is not None:
         print()
         print_recovery(outcome.recovery)
-
-
-def _announced(console: Any, *, is_verbose: bool) -> Any:
-    """Return a training that prints a line before each member, and its result after it."""
-    import io
-
-    from rich.console import Console
-
-    from slmjax.runner import trainer
-    from slmjax.telemetry.progress import format_seconds
-
-    def train(experiment: Any, *, resume: Path | None = None, console: Any = console) -> Any:
-        run_parent = Path(experiment.run.directory)
-        console.print(
-            f"{run_parent.parent.name}, {run_parent.name}{'' if resume is None else ' (resumed)'}",
-            markup=False,
-        )
-        begin = time.monotonic()
-        shown = console if is_verbose else Console(file=io.StringIO())
-        result = trainer.train(experiment, resume=resume, console=shown)
-        console.print(
-            f"  {result.status}, {result.bits_per_byte:.4f} bits per byte, "
-            f"{format_seconds(time.monotonic() - begin)}",
-            markup=False,
-        )
-        return result
-
-    return train
+    print(f"\n{outcome.report}")
 
 
 def _plan(args: Any, ablation: Any) -> int:
@@ -207,6 +179,8 @@ def _summary(ablation: Any, outcomes: Sequence[Any], *, status: str, command: st
                 "directory": str(outcome.directory),
                 "findings": findings_json(outcome.findings),
                 "recovery": None if outcome.recovery is None else recovery_json(outcome.recovery),
+                "report": str(outcome.report),
+                "members_left": outcome.num_left,
                 "failed": [
                     {"arm": member.arm, "seed": member.seed, "error": member.error}
                     for member in outcome.failed

@@ -13,10 +13,14 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from slmjax.config import near_names
 from slmjax.stored_json import read_object
+from slmjax.studies.arms import Derived
 from slmjax.studies.findings import Findings, analyze, write_findings
+from slmjax.studies.matching import Matched, at_matched, match_arms
+from slmjax.studies.noise import ledger_of, record_noise
 from slmjax.studies.recovery import RecoveryReport, measure, report_recovery
 from slmjax.studies.recovery_layout import write_recovery
 from slmjax.studies.report import write_study_report
@@ -29,6 +33,7 @@ from slmjax.studies.study_directory import (
     copy_study,
     load_studies,
     with_num_seeds,
+    with_seeds,
 )
 from slmjax.telemetry.run_directory import write_json
 
@@ -68,6 +73,12 @@ class Outcome:
     members: tuple[Member, ...]
     findings: Findings
     recovery: RecoveryReport | None
+    report: Path  # the page, or report.md where pages cannot be drawn
+
+    @property
+    def num_left(self) -> int:
+        """The number of members that have not ended yet."""
+        return len(self.study.arms) * len(self.study.seeds) - len(self.members)
 
     @property
     def failed(self) -> tuple[Member, ...]:
@@ -89,7 +100,7 @@ def open_ablation(
       path: the file, or the directory.
       directory: of results (none: runs/studies and the name of the file).
       size: that the file is asked for, "small" or "large" (none: small, or that of the directory).
-      num_seeds: of every study (none: as the file says).
+      num_seeds: of every study (none: as the file says; of a directory, as many as it had last).
 
     Raises:
       ValueError: it is neither, or `load_studies` refuses the file.
@@ -115,7 +126,13 @@ def open_ablation(
     studies = load_studies(file, size=size)
     if num_seeds is not None:
         studies = with_num_seeds(studies, num_seeds)
-    return Ablation(file=file, size=size, studies=studies, directory=directory)
+    ablation = Ablation(file=file, size=size, studies=studies, directory=directory)
+    if num_seeds is None and path.is_dir():
+        places = {study.name: ablation.directory_of(study) for study in studies}
+        fixed = {name: place for name, place in places.items() if (place / PLAN).is_file()}
+        seeds_of = {name: StudyDirectory.open(place).seeds for name, place in fixed.items()}
+        ablation = dataclasses.replace(ablation, studies=with_seeds(studies, seeds_of))
+    return ablation
 
 
 def is_study_directory(path: str | Path) -> bool:
@@ -148,7 +165,7 @@ def run_ablation(
     Args:
       ablation: what to run.
       redo: train members again whose experiment has changed; the old runs stay.
-      only: names of the arms to train now, for a part of a study (none: all).
+      only: names of the arms to train now, and what they build on (none: all).
       worker: whether this is one of several processes that train the members (`run_study`).
       wait: whether a worker waits for the others in the end, as it does where a later study builds on this.
       run: a replacement for `run_study`.
@@ -163,42 +180,96 @@ def run_ablation(
                 f"{name!r} is not an arm.{near_names(name, ablation.arm_names)} Arms are "
                 f"{', '.join(ablation.arm_names)}"
             )
-    on_change = OnChange.REDO if redo else OnChange.REFUSE
-    directories = {study.name: _fix(ablation, study, on_change) for study in ablation.studies}
-    copy_study(ablation.file, ablation.directory)
+    needed = _needed_arms(ablation.studies, only)
     built_on = {each.name for study in ablation.studies for each in study.earlier}
+    fixed = fix_studies(ablation, on_change=OnChange.REDO if redo else OnChange.REFUSE)
     # Studies as they are run: an arm that builds on a tuned one builds on it at its own rate.
     ready: dict[str, Study] = {}
-    for fixed in ablation.studies:
-        earlier = tuple(ready[each.name] for each in fixed.earlier)
-        study = ready[fixed.name] = dataclasses.replace(fixed, earlier=earlier)
-        directory = directories[study.name]
-        # Those that others build on lie side by side in the directory of the file.
-        members = run(
-            study,
-            directory.path,
-            on_change=directory.on_change,
-            earlier=ablation.directory,
-            **({"only": only} if only else {}),
-            **({"worker": True, "wait": wait or study.name in built_on} if worker else {}),
-        )
-        yield conclude(study, members, directory)
+    for study, directory in fixed:
+        earlier = tuple(ready[each.name] for each in study.earlier)
+        study = ready[study.name] = dataclasses.replace(study, earlier=earlier)
+        if not needed[study.name]:
+            continue
+        # The studies that it builds on lie in the directory of the file.
+        options: dict[str, Any] = {"on_change": directory.on_change, "earlier": ablation.directory}
+        if worker:
+            options |= {"worker": True, "wait": wait or study.name in built_on}
+        if only:
+            options["only"] = needed[study.name]
+        members = run(study, directory.path, **options)
+        yield conclude(study, members, directory, ledger=ledger_of(ablation.directory))
 
 
-def _fix(ablation: Ablation, study: Study, on_change: OnChange) -> StudyDirectory:
+def fix_studies(
+    ablation: Ablation, *, on_change: OnChange = OnChange.REFUSE
+) -> tuple[tuple[Study, StudyDirectory], ...]:
+    """Make the arms of all studies equal where they say so, and fix each study in its directory.
+
+    Returns:
+      each study as it is fixed, with its directory.
+
+    Raises:
+      ValueError: arms cannot be matched, or the directory is of another study or of other arms.
+    """
+    ablation.directory.mkdir(parents=True, exist_ok=True)
     if len(ablation.studies) > 1:
         names = {each.name: each.directory for each in ablation.studies}
-        ablation.directory.mkdir(parents=True, exist_ok=True)
         write_json(ablation.directory / SEVERAL, {"size": ablation.size, "studies": names})
-    return StudyDirectory.create(ablation.directory_of(study), study, size=ablation.size, on_change=on_change)
+    fixed: dict[str, tuple[Study, StudyDirectory]] = {}
+    for asked in ablation.studies:
+        earlier = tuple(fixed[each.name][0] for each in asked.earlier)
+        asked = dataclasses.replace(asked, earlier=earlier)
+        path = ablation.directory_of(asked)
+        study, matched = matched_study(asked, path)
+        directory = StudyDirectory.create(
+            path, study, size=ablation.size, asked=asked, matched=matched, on_change=on_change
+        )
+        fixed[asked.name] = (study, directory)
+    copy_study(ablation.file, ablation.directory)
+    return tuple(fixed.values())
 
 
-def conclude(study: Study, members: Sequence[Member], directory: StudyDirectory) -> Outcome:
-    """Analyze the members of a study that ended, and write its findings and its report of recovery."""
+def matched_study(study: Study, directory: Path) -> tuple[Study, tuple[Matched, ...]]:
+    """Return a study with its arms made equal: by the choices in its directory, if it has some for it."""
+    # Times of steps differ from one measurement to the next, and other choices would be other arms.
+    matched = StudyDirectory(path=directory).matched_before(study)
+    return match_arms(study) if matched is None else (at_matched(study, matched), matched)
+
+
+def _needed_arms(studies: Sequence[Study], only: Sequence[str]) -> dict[str, list[str]]:
+    """Return the arms to train of each study: those of some names, or all, and what they build on."""
+    needed: dict[str, list[str]] = {}
+    built_on: set[tuple[str, str]] = set()
+    for study in reversed(studies):
+        names: list[str] = []
+        # From the last one on: an arm builds on those before it.
+        for arm in reversed(study.arms):
+            if only and arm.name not in only and (study.name, arm.name) not in built_on:
+                continue
+            names.insert(0, arm.name)
+            source = arm.source if isinstance(arm, Derived) else arm.after
+            if source is not None:
+                built_on.add((study.name, source) if isinstance(source, str) else source)
+        needed[study.name] = names
+    return needed
+
+
+def conclude(
+    study: Study, members: Sequence[Member], directory: StudyDirectory, *, ledger: Path | None = None
+) -> Outcome:
+    """Analyze the members of a study that ended, and write its findings and its reports.
+
+    Args:
+      study: as it was run.
+      members: that ended.
+      directory: of the study.
+      ledger: of the noise of runs, for the plans of later studies (none: it is not recorded).
+    """
     changes = [change.text for change in directory.changes_since_lock()]
     findings = analyze(study, members, changes=changes)
     write_findings(findings, directory.path)
-    write_study_report(directory.path, findings)
+    if ledger is not None:
+        record_noise(ledger, findings, members)
     recovery = None
     if study.recovery is not None:
         recovery = report_recovery(study, members, measure(study, members, directory.path))
@@ -209,4 +280,5 @@ def conclude(study: Study, members: Sequence[Member], directory: StudyDirectory)
         members=tuple(members),
         findings=findings,
         recovery=recovery,
+        report=write_study_report(directory.path, findings),
     )

@@ -11,6 +11,7 @@ for its source, and at a rung of early stopping every member for the last one.
 import dataclasses
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from slmjax.studies.study import (
     member_of,
     read_members,
 )
+from slmjax.telemetry.progress import format_seconds
 from slmjax.telemetry.run_directory import read_log
 
 log = logging.getLogger(__name__)
@@ -89,6 +91,7 @@ class MemberQueue:
         self._awaits_decision = False
         self._elsewhere: list[State] = []  # claimed by other processes, at the last look
         self._logged: set[tuple[str, int]] = set()
+        self._seconds: list[float] = []  # of each member that this process has trained
 
     def free(self) -> list[tuple[Arm | Derived, int]]:
         """Return the members that are left and that no process has claimed."""
@@ -214,6 +217,28 @@ class MemberQueue:
             return None
         is_retried = self._retried.get((arm.name, seed)) == state.recorded
         return None if member.status == FAILED and is_retried else member
+
+    # Progress -----------------------------------------------------------------------------------------------
+    def member_text(self, task: Task) -> str:
+        """Return a member with its number in the order of the study: "member 3 of 12: deep, seed 1"."""
+        arms = self.study.arms
+        number = self.study.seeds.index(task.seed) * len(arms) + arms.index(task.arm) + 1
+        total = len(arms) * len(self.study.seeds)
+        return f"{self.study.name}: member {number} of {total}: {task.arm.name}, seed {task.seed}"
+
+    def add_seconds(self, task: Task, seconds: float) -> None:
+        """Take the time that a member took, for `time_left`; derived members take almost none."""
+        if isinstance(task.arm, Arm) and task.stopped is None:
+            self._seconds.append(seconds)
+
+    def time_left(self) -> str:
+        """Return the time that the rest takes at the pace of this process; empty while it is unknown."""
+        if not self._seconds:
+            return ""
+        num_left = sum(isinstance(arm, Arm) for arm, _ in self.left)
+        num_workers = 1 + sum(state.is_alive for state in self._elsewhere)
+        left = statistics.fmean(self._seconds) * num_left / num_workers
+        return f", about {format_seconds(left)} left"
 
     @property
     def is_done(self) -> bool:

@@ -22,6 +22,7 @@ import dataclasses
 import logging
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,8 @@ def _run_member(queue: MemberQueue, task: Task, *, train: Train, console: Consol
     study = queue.study
     directory = queue.directory
     claim = task.claim
+    begin = time.monotonic()
+    log.info("%s%s", queue.member_text(task), queue.time_left())
     try:
         with owned_by(claim.require):
             source = queue.source(task.arm, task.seed)
@@ -169,6 +172,7 @@ def _run_member(queue: MemberQueue, task: Task, *, train: Train, console: Consol
                 member = _train_member(study, task.arm, task, directory, source=source, **progress)
         if not isinstance(member, Member):
             claim.release(rung=member)
+            log.info("%s: at rung %d", queue.member_text(task), member["step"])
             return
         fields = dataclasses.asdict(member)
         # Written as soon as a member ends: a later crash cannot lose it.
@@ -181,6 +185,14 @@ def _run_member(queue: MemberQueue, task: Task, *, train: Train, console: Consol
             claim.release()
         raise
     _append_line(directory / MEMBERS, fields)
+    queue.add_seconds(task, time.monotonic() - begin)
+    log.info("%s: %s", queue.member_text(task), _outcome_text(study, member))
+
+
+def _outcome_text(study: Study, member: Member) -> str:
+    if (value := member.metric_value(study.metric)) is not None:
+        return f"{member.status}, {study.metric} {value:.4f}"
+    return member.status if member.error is None else f"{member.status} ({member.error})"
 
 
 def _run_members(
@@ -264,7 +276,6 @@ def _train_member(
         return Member(**about, status=FAILED, result={}, evaluation={}, error=error)
     source_run = None if source is None else Path(source.result["run_dir"])
     experiment = _experiment(study, task, directory, source_run=source_run)
-    log.info("study %s: arm %s, seed %d", study.name, arm.name, seed)
     try:
         # A run may have ended just before it was recorded: then only the record is missing.
         run, result = _earlier_run(experiment, fence=task.claim.fence)
@@ -340,7 +351,6 @@ def _derive_member(study: Study, arm: Derived, task: Task, directory: Path, *, s
     if source.status != FINISHED:
         error = f"{source.arm} is {source.status} with this seed, so there is nothing to derive it from"
         return Member(**about, status=FAILED, result={}, evaluation={}, error=error)
-    log.info("study %s: arm %s, seed %d, derived from %s", study.name, arm.name, seed, source.arm)
     # A worker that was paused may still write to the directory of its own claim.
     name = f"model.{fence}" if fence else "model"
     out = (directory / arm.directory / f"seed-{seed}" / name).absolute()

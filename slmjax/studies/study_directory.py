@@ -26,9 +26,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slmjax.config import differences, fingerprint, to_json
+from slmjax.config import differences, fingerprint, from_json, to_json
 from slmjax.stored_json import check_object, read_object
 from slmjax.studies.arms import Arm, Derived
+from slmjax.studies.matching import Matched
 from slmjax.studies.study import (
     MEMBERS,
     OnChange,
@@ -149,16 +150,24 @@ def with_num_seeds(studies: Sequence[Study], number: int) -> tuple[Study, ...]:
     if number < 1:
         raise ValueError(f"the number of seeds is {number}: give 1 or more")
     built_on = {earlier.name for study in studies for earlier in study.earlier}
-    changed: dict[str, Study] = {}
+    seeds_of = {}
     for study in studies:
-        earlier = tuple(changed[each.name] for each in study.earlier)
         seeds = study.seeds
         if study.name not in built_on or len(seeds) > 1:
             tuning = () if study.tune is None else study.tune.seeds
-            unused = (
-                seed for seed in range(len(seeds) + number + len(tuning)) if seed not in (*seeds, *tuning)
-            )
+            candidates = range(len(seeds) + number + len(tuning))
+            unused = [seed for seed in candidates if seed not in (*seeds, *tuning)]
             seeds = (*seeds, *unused)[:number]
+        seeds_of[study.name] = seeds
+    return with_seeds(studies, seeds_of)
+
+
+def with_seeds(studies: Sequence[Study], seeds_of: Mapping[str, tuple[int, ...]]) -> tuple[Study, ...]:
+    """Return studies, of which later ones may build on earlier ones, with other seeds by the study's name."""
+    changed: dict[str, Study] = {}
+    for study in studies:
+        earlier = tuple(changed[each.name] for each in study.earlier)
+        seeds = seeds_of.get(study.name, study.seeds)
         changed[study.name] = dataclasses.replace(study, seeds=seeds, earlier=earlier)
     return tuple(changed.values())
 
@@ -172,6 +181,16 @@ def settings_of(study: Study) -> dict[str, Any]:
         if field.name not in _NOT_SETTINGS
     }
     return {**settings, "earlier": [earlier.name for earlier in study.earlier]}
+
+
+def _state(study: Study) -> dict[str, Any]:
+    return plain({"settings": settings_of(study), "arms": arms_of(study)})
+
+
+def _unmatched_hash(study: Study) -> str:
+    """Return a hash of all that the choices of `match_arms` depend on; the number of seeds is not."""
+    arms = {name: _without_hashes(arm) for name, arm in arms_of(study).items()}
+    return fingerprint({"arms": arms, "baseline": study.baseline, "matched": study.matched})
 
 
 def plain_mapping(value: Any) -> Any:
@@ -225,7 +244,8 @@ class StudyDirectory:
         study: Study,
         *,
         size: str = "small",
-        plan: Mapping[str, Any] | None = None,
+        asked: Study | None = None,
+        matched: Sequence[Matched] = (),
         on_change: OnChange = OnChange.REFUSE,
     ) -> "StudyDirectory":
         """Fix a study in a directory before its first run; of a study that is fixed already, record changes.
@@ -236,7 +256,8 @@ class StudyDirectory:
           path: the directory; created if it does not exist.
           study: as it will be run.
           size: that its file was asked for.
-          plan: further entries of plan.json, such as costs and power.
+          asked: as it was before its arms were matched (none: it is that).
+          matched: the choices of `match_arms`, which hold as long as `asked` is the same.
           on_change: handling of members whose experiment has changed.
 
         Raises:
@@ -245,18 +266,20 @@ class StudyDirectory:
         """
         directory = cls(path=Path(path))
         directory.path.mkdir(parents=True, exist_ok=True)
-        state = plain({"settings": settings_of(study), "arms": arms_of(study)})
+        state = _state(study)
+        choices = [to_json(choice) | {"text": choice.text} for choice in matched]
+        origin = {"asked": _unmatched_hash(asked or study), "matched": choices}
         lock = {
             "version": VERSION,
             "study": study.name,
             "size": size,
             "hash": fingerprint(state),
             "locked_at": _iso_time(time.time()),
+            **origin,
             **state,
-            **(plan or {}),
         }
         if not _create(directory.path / PLAN, json.dumps(plain(lock), indent=2) + "\n"):
-            directory._record_change(study, state, on_change)
+            directory._record_change(study, {**state, **origin}, on_change)
         return directory
 
     @classmethod
@@ -274,8 +297,27 @@ class StudyDirectory:
     def plan(self) -> dict[str, Any]:
         """What was fixed before the first run: the content of plan.json."""
         kinds = {"study": str, "size": str, "hash": str, "locked_at": str, "settings": dict, "arms": dict}
+        kinds |= {"asked": str, "matched": list}
         remedy = "restore the file from a copy, or use another directory"
         return read_object(self.path / PLAN, kinds, remedy=remedy)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds that the study had last."""
+        latest = (self._records() or [self.plan])[-1]
+        return tuple(latest["settings"]["seeds"])
+
+    def matched_before(self, asked: Study) -> tuple[Matched, ...] | None:
+        """Return the choices that were made for the arms of this study; None if it was another one then."""
+        if not (self.path / PLAN).is_file():
+            return None
+        latest = (self._records() or [self.plan])[-1]
+        if latest["asked"] != _unmatched_hash(asked):
+            return None
+        return tuple(
+            from_json(Matched, {name: value for name, value in choice.items() if name != "text"})
+            for choice in latest["matched"]
+        )
 
     def changes_since_lock(self) -> tuple[Change, ...]:
         """Return the changes after the study was fixed, oldest first."""
@@ -298,7 +340,7 @@ class StudyDirectory:
     def _records(self) -> list[dict[str, Any]]:
         path = self.path / CHANGES
         kinds = {"time": float, "members_ended": int, "what": list, "redo": bool}
-        kinds |= {"settings": dict, "arms": dict}
+        kinds |= {"settings": dict, "arms": dict, "asked": str, "matched": list}
         return [
             check_object(record, kinds, name=f"a record of {path}", remedy="restore it from a copy")
             for record in (read_log(path, kind="change") if path.is_file() else [])

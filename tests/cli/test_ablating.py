@@ -1,0 +1,238 @@
+"""`slmjax ablate`: a study file to its findings, interrupted, failed, changed, in parts; what is refused."""
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from slmjax import cli
+from slmjax.studies import running
+from slmjax.studies.running import run_study
+from slmjax.training.experiment import read_experiment
+from tests.studies.stub import StubTrainer
+
+Ablate = Callable[..., tuple[int, str, str]]
+
+PACE = """
+from tests.studies.stub import study as pace
+
+
+def study():
+    return pace(question="Is fast better?", comparisons=(("third", "fast & loose"),))
+"""
+
+BUILT_ON = '''
+"""A base with each seed, and a teacher for all seeds, that the arms of the last study build on."""
+import dataclasses
+
+from slmjax.studies import Arm, Study
+from slmjax.training import FromModel
+from tests.studies.stub import experiment
+
+
+def continued(seed, run):
+    return dataclasses.replace(experiment(2e-3), init=FromModel(path=str(run)))
+
+
+def study():
+    arms = (Arm(name="teacher", experiment=experiment(9e-4)),)
+    teacher = Study(name="teacher", arms=arms, seeds=(7,), baseline="teacher")
+    arms = (Arm(name="base", experiment=experiment()), Arm(name="other", experiment=experiment(3e-3)))
+    first = Study(name="first", arms=arms, seeds=(0, 1), baseline="base")
+    arms = (
+        Arm(name="base", after=("first", "base"), experiment=continued),
+        Arm(name="taught", after=("teacher", "teacher"), experiment=continued),
+        Arm(name="again", after="base", experiment=continued),
+    )
+    return Study(name="last", arms=arms, seeds=(0, 1), baseline="base", earlier=(teacher, first))
+'''
+
+
+@pytest.fixture
+def stub() -> StubTrainer:
+    return StubTrainer()
+
+
+@pytest.fixture
+def ablate(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stub: StubTrainer,
+) -> Ablate:
+    """The command in a directory of its own, with trainings that take no time; pages are left out."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pace.py").write_text(PACE)
+    monkeypatch.setattr(running, "run_study", functools.partial(run_study, train=stub))
+    monkeypatch.setattr(
+        "slmjax.studies.ablation.write_study_report", lambda directory, findings: directory / "report.html"
+    )
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["ablate", *argv])
+        out, err = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, out, err
+
+    return run
+
+
+def asked(stub: StubTrainer) -> list[tuple[float, int]]:
+    keys = [(one.optim.lr, one.run.seed) for one in stub.asked]
+    stub.asked.clear()
+    return keys
+
+
+def test_a_study_from_its_file_to_its_findings(ablate: Ablate, stub: StubTrainer, tmp_path: Path) -> None:
+    code, out, err = ablate("pace.py")
+    directory = tmp_path / "runs" / "studies" / "pace"
+    assert code == 0 and len(asked(stub)) == 9
+    assert re.search("pace: member 6 of 9: third, seed 1, about [0-9ms]+ left\n", err)
+    assert "pace: member 6 of 9: third, seed 1: finished, bits_per_byte 1.9" in err
+    assert "Is fast better?" in out and out.endswith("runs/studies/pace/report.html\n")
+    assert {path.name for path in directory.iterdir()} >= {"study.py", "plan.json", "findings.json"}
+    assert (directory.parent / "noise.jsonl").is_file()
+    # The directory shows what there is, and trains nothing.
+    code, shown, err = ablate(str(directory))
+    assert (code, shown, err, asked(stub)) == (0, out.replace("runs", str(tmp_path / "runs")), "", [])
+    code, shown, _ = ablate("runs/studies/pace", "--json")
+    result = json.loads(shown)
+    assert code == 0 and result["status"] == "finished"
+    assert result["command"] == "slmjax ablate runs/studies/pace"
+    (outcome,) = result["studies"]
+    assert (outcome["study"], outcome["members_left"], outcome["failed"]) == ("pace", 0, [])
+    assert [one["arm"] for one in outcome["findings"]["comparisons"]] == ["fast & loose", "third", "third"]
+
+
+def test_an_interrupted_study_resumes(ablate: Ablate, stub: StubTrainer) -> None:
+    stub.statuses = {(2e-3, 1): "interrupted"}
+    code, out, err = ablate("pace.py", "--seeds", "2")
+    assert code == 75 and out == "" and len(asked(stub)) == 5
+    assert err.endswith(
+        "stopped at arm fast & loose, seed 1, whose run is saved: run the study again to resume it\n"
+        "resume with: slmjax ablate runs/studies/pace\n"
+    )
+    code, out, _ = ablate("pace.py", "--seeds", "2", "--json")
+    result = json.loads(out)
+    assert (code, result["status"], result["studies"]) == (75, "interrupted", [])
+    assert result["command"] == "slmjax ablate runs/studies/pace"
+    stub.statuses = {}
+    asked(stub)
+    assert ablate(*result["command"].split()[2:])[0] == 0
+    assert asked(stub) == [(2e-3, 1), (2e-3, 1)] and stub.resumed[-2] is not None
+
+
+def test_members_that_fail_are_tried_again(ablate: Ablate, stub: StubTrainer) -> None:
+    stub.errors = {(1e-3, 2): RuntimeError("no room")}
+    stub.statuses = {(2e-3, 0): "diverged"}
+    code, _, err = ablate("pace.py")
+    assert code == 1 and "member 7 of 9: slow, seed 2: failed (RuntimeError: no room)" in err
+    assert err.endswith(
+        "1 member failed, with the error above. To try again: slmjax ablate runs/studies/pace\n"
+    )
+    stub.errors = {}
+    asked(stub)
+    # What diverged is a result.
+    assert ablate("runs/studies/pace")[0] == 0 and asked(stub) == [(1e-3, 2)]
+
+
+def test_some_arms(ablate: Ablate, stub: StubTrainer) -> None:
+    code, _, err = ablate("pace.py", "--only", "slow", "third")
+    assert (code, len(asked(stub))) == (0, 6) and "pace: 3 members have not ended yet" in err
+    code, _, err = ablate("pace.py", "--only", "thrid")
+    assert (code, asked(stub)) == (2, [])
+    assert "'thrid' is not an arm. Did you mean 'third'? Arms are slow, fast & loose, third" in err
+
+
+def test_a_changed_arm(ablate: Ablate, stub: StubTrainer, tmp_path: Path) -> None:
+    assert ablate("pace.py", "--seeds", "2")[0] == 0
+    asked(stub)
+    faster = PACE.replace("return pace(", "return pace(arms=arms(), ") + (
+        "\n\ndef arms():\n    import dataclasses\n\n    from tests.studies.stub import experiment\n\n"
+        "    slow, *others = pace().arms\n"
+        "    return dataclasses.replace(slow, experiment=experiment(5e-4)), *others\n"
+    )
+    (tmp_path / "pace.py").write_text(faster)
+    code, _, err = ablate("pace.py", "--seeds", "2")
+    assert (code, asked(stub)) == (2, [])
+    assert "arm slow: experiment.optim.lr was 0.001, now 0.0005" in err and "with --redo" in err
+    # The directory has the former file still.
+    assert ablate("runs/studies/pace")[0] == 0 and asked(stub) == []
+    code, out, err = ablate("pace.py", "--seeds", "3", "--redo", "--json")
+    assert code == 0 and asked(stub) == [(5e-4, 0), (5e-4, 1), (5e-4, 2), (2e-3, 2), (2e-3, 2)]
+    (change,) = json.loads(out)["studies"][0]["findings"]["changes"]
+    assert "after 6 members had ended: seeds was [0, 1], now [0, 1, 2]; arm slow: experiment" in change
+    assert (tmp_path / "runs" / "studies" / "pace" / "study-1.py").read_text() == PACE
+    # Another study has another directory.
+    (tmp_path / "race.py").write_text(PACE.replace("pace(question", "pace(name='race', question"))
+    code, _, err = ablate("race.py", "--directory", "runs/studies/pace")
+    assert code == 2 and "is the directory of the study 'pace', not of 'race'" in err
+
+
+def test_arms_that_build_on_runs_of_other_arms(ablate: Ablate, stub: StubTrainer, tmp_path: Path) -> None:
+    (tmp_path / "built_on.py").write_text(BUILT_ON)
+    code, out, _ = ablate("built_on.py", "--only", "taught", "--json")
+    # The arm itself and the teacher: nothing else is needed.
+    assert (code, asked(stub)) == (0, [(9e-4, 7), (2e-3, 0), (2e-3, 1)])
+    code, out, _ = ablate("built_on.py", "--json")
+    teacher, first, last = json.loads(out)["studies"]
+    assert code == 0 and len(asked(stub)) == 4 + 4
+    assert [one["study"] for one in (teacher, first, last)] == ["teacher", "first", "last"]
+    runs = tmp_path / "runs" / "studies" / "built-on"
+    starts = {
+        path.parent.relative_to(runs / "last").parts[:2]: read_experiment(path.parent).init
+        for path in (runs / "last").glob("*/seed-*/*/config.json")
+    }
+    sources = {key: Path(init.path).relative_to(runs).parts[:3] for key, init in starts.items()}
+    for seed in ("seed-0", "seed-1"):
+        assert sources["base", seed] == ("first", "base", seed)
+        assert sources["taught", seed] == ("teacher", "teacher", "seed-7")
+        assert sources["again", seed] == ("last", "base", seed)
+    # The directory may be moved: what was built on is known by its experiment.
+    runs.rename(tmp_path / "moved")
+    assert ablate("moved")[0] == 0 and asked(stub) == []
+    # A base that is trained again makes what builds on it stale.
+    (tmp_path / "moved" / "study.py").write_text(
+        BUILT_ON.replace("experiment()), Arm", "experiment(8e-4)), Arm")
+    )
+    code, _, err = ablate("moved")
+    assert code == 2 and "members of base were trained with another experiment" in err
+    code, _, err = ablate("moved", "--redo")
+    assert code == 0 and [lr for lr, _ in asked(stub)] == [8e-4, 8e-4, 2e-3, 2e-3, 2e-3, 2e-3]
+
+
+def test_a_source_that_failed(ablate: Ablate, stub: StubTrainer, tmp_path: Path) -> None:
+    (tmp_path / "built_on.py").write_text(BUILT_ON)
+    stub.statuses = {(1e-3, 1): "diverged"}
+    code, out, _ = ablate("built_on.py", "--json")
+    failed = json.loads(out)["studies"][2]["failed"]
+    assert code == 1 and [(one["arm"], one["seed"]) for one in failed] == [("base", 1), ("again", 1)]
+    assert failed[0]["error"] == "base is diverged with seed 1, so there is no run to build on"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "slmjax ablate needs STUDY.py or STUDY_DIR: a Python file with `def study() -> Study`"),
+        (["pcae.py"], "there is no Python file pcae.py. Did you mean 'pace.py'"),
+        (["pace"], "pace is no study: name a Python file with `def study() -> Study`"),
+        (["none.py"], "none.py needs a function `def study() -> Study` that returns the study, and has none"),
+        (["nano.py"], "It is an experiment: slmjax train nano.py"),
+        (["."], ". is not the directory of a study"),
+        (["run"], "run is a run directory: name a Python file"),
+        (["pace.py", "--budgte", "large"], "slmjax ablate has no option --budgte. Did you mean --budget?"),
+        (["pace.py", "--seeds", "0"], "the number of seeds is 0: give 1 or more"),
+    ],
+)
+def test_what_is_no_study(ablate: Ablate, tmp_path: Path, argv: list[str], message: str) -> None:
+    (tmp_path / "none.py").write_text("def studies(): ...\n")
+    (tmp_path / "nano.py").write_text("def experiment(): ...\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    code, out, err = ablate(*argv)
+    assert code == 2 and out == "" and message in err
+    assert not (tmp_path / "runs").exists()
