@@ -37,8 +37,8 @@ def ablate_command(argv: Sequence[str]) -> int:
         plan: bool = False
         # size of the study, passed to `def study(size)` (none: small)
         budget: Size | None = None
-        # number of seeds (none: those of the file, or as many as STUDY_DIR had last); more than in the file are
-        # added to its own
+        # number of seeds (none: those of the file, or as many as STUDY_DIR had last); those of the file come
+        # first
         seeds: int | None = None
         # be one of several processes that train the members of this study, on any hosts; it ends once the
         # others train all that is left
@@ -85,7 +85,7 @@ def _ablate(args: Any, signals: StopSignals) -> int:
     except (RuntimeError, Stopped) as stopped:
         from slmjax.studies.running import Interrupted
 
-        # All that ended is recorded, so that any point is one to go on from.
+        # All that ended is recorded: the study can be resumed from any point.
         if not isinstance(stopped, Interrupted | Stopped):
             raise
         print_stderr(
