@@ -12,5 +12,6 @@ Files in reading order:
 - verdicts.py: verdicts on comparisons
 - proportions.py: exact intervals of proportions
 - documents.py: uncertainty by seeds and by held-out documents
+- speedup.py: effective speed-up and trends over sizes
 - campaigns.py: false discoveries over many studies
 """
