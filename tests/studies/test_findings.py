@@ -3,7 +3,6 @@ should be.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -24,6 +23,7 @@ from slmjax.studies import (
     analyze,
     findings_markdown,
     findings_table,
+    load_study,
     read_findings,
     run_study,
     write_findings,
@@ -31,7 +31,6 @@ from slmjax.studies import (
 from slmjax.studies.statistics.power import smallest_resolved
 from slmjax.studies.statistics.results_table import Table
 from slmjax.studies.statistics.verdicts import judge
-from slmjax.training import recipes
 from tests.studies.stub import StubTrainer, experiment, study
 
 BITS = {"slow": (1.50, 1.52, 1.49), "fast & loose": (1.40, 1.43, 1.395), "third": (1.49, 1.54, 1.50)}
@@ -297,20 +296,19 @@ def test_findings_for_people_and_programs(tmp_path: Path) -> None:
     assert read_findings(tmp_path) == findings
 
 
-def test_the_study_file_of_the_documentation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_study_file_of_the_documentation(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
-    (tmp_path / "warm_up.py").write_text(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0])
-    file = recipes.run_file(tmp_path / "warm_up.py")
+    file = tmp_path / "warm_up.py"
+    file.write_text(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0])
     train = StubTrainer()
-    monkeypatch.setattr(file, "run_study", functools.partial(run_study, train=train))
-    monkeypatch.chdir(tmp_path)
-    file.main()
+    loaded = load_study(file)
+    members = run_study(loaded, tmp_path / "runs", train=train)
     assert [one.optim.warmup_steps for one in train.asked] == [20, 50, 100] * 5
-    assert recipes.load_experiment(str(tmp_path / "warm_up.py")) == file.experiment()
-    assert "100 steps − 50 steps" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "runs" / "warm-up" / "findings.json").read_text())["comparisons"]) == 3
+    findings = analyze(loaded, members)
+    assert [(each.arm, each.against) for each in findings.comparisons] == [
+        ("50 steps", "20 steps"),
+        ("100 steps", "20 steps"),
+    ]
 
 
 def test_completions_are_not_compared_with_all_text(tmp_path: Path) -> None:
