@@ -45,9 +45,10 @@ class ArmReport:
     further_metrics: dict[str, Estimate | None] = dataclasses.field(default_factory=dict)
     # by name (`tables.COSTS`): parameters, flops, tokens, seconds, deployed_bytes, ...; without unknown ones
     costs: dict[str, float] = dataclasses.field(default_factory=dict)
-    ended: int = 0  # runs that finished, diverged or failed
+    ended: int = 0  # runs that finished, diverged, failed, or were stopped early
     diverged: int = 0
     failed: int = 0
+    stopped_early: int = 0  # since the arm was not among the best
     diverged_interval: Interval | None = None  # of the probability that a run diverges
 
 
@@ -57,7 +58,7 @@ class MemberReport:
 
     arm: str
     seed: int
-    status: str  # finished, diverged, failed
+    status: str  # finished, diverged, failed, stopped early
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # finite ones
     error: str | None = None
 

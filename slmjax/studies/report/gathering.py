@@ -29,7 +29,7 @@ from slmjax.studies.report.data import (
 from slmjax.studies.report.planned import Planned, read_planned
 from slmjax.studies.report.records import directory_of_run, recorded_members
 from slmjax.studies.statistics.samples import Interval, PairedDifference, Summary
-from slmjax.studies.study import DIVERGED, FAILED, FINISHED, MEMBERS, Member
+from slmjax.studies.study import DIVERGED, FAILED, FINISHED, MEMBERS, STOPPED, Member
 from slmjax.telemetry.report.comparison import shown_differences
 from slmjax.telemetry.report.reading import RunRecords, read_run
 from slmjax.telemetry.run_directory import read_log
@@ -111,6 +111,7 @@ def _arm_report(
     arm = findings.arms[index]
     own = [member for member in members if member.arm == arm.arm]
     failed = sum(member.status == FAILED for member in own)
+    stopped = sum(member.status == STOPPED for member in own)
     finished = sum(member.status == FINISHED for member in own) or len(arm.seeds)
     return ArmReport(
         name=arm.arm,
@@ -118,9 +119,10 @@ def _arm_report(
         metric=_estimate(arm.metric, arm.interval),
         further_metrics={name: _estimate(item) for name, item in arm.further_metrics.items()},
         costs=costs[arm.arm],
-        ended=finished + failed + len(arm.diverged),
+        ended=finished + failed + stopped + len(arm.diverged),
         diverged=len(arm.diverged),
         failed=failed,
+        stopped_early=stopped,
         diverged_interval=None if arm.divergence is None else arm.divergence.interval,
     )
 

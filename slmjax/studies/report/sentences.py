@@ -94,6 +94,7 @@ def progress_text(report: StudyReport) -> str:
     for count, word in (
         (sum(arm.diverged for arm in report.arms), "diverged"),
         (sum(arm.failed for arm in report.arms), "failed"),
+        (sum(arm.stopped_early for arm in report.arms), "stopped early"),
     ):
         if count:
             parts.append(f"{count:,} {word}")
@@ -115,9 +116,10 @@ def losers(report: StudyReport) -> list[str]:
             winners.setdefault(item.against, []).append(f"{item.arm} ({difference_text(item)})")
     sentences += [f"{arm} loses to {', '.join(names)}." for arm, names in winners.items()]
     for arm in report.arms:
-        if arm.diverged or arm.failed:
+        if arm.diverged or arm.failed or arm.stopped_early:
             parts = [f"{arm.diverged} diverged"] * bool(arm.diverged)
             parts += [f"{arm.failed} failed"] * bool(arm.failed)
+            parts += [f"{arm.stopped_early} stopped early"] * bool(arm.stopped_early)
             sentences.append(f"{arm.name}: of {arm.ended} runs, {' and '.join(parts)}.")
     return sentences
 
@@ -173,7 +175,7 @@ def signed_estimate(item: Estimate | None) -> str:
 
 def runs_text(arm: ArmReport) -> str:
     """Return the runs of an arm: those with a metric, and those that diverged or failed."""
-    is_complete = not arm.diverged and not arm.failed
+    is_complete = not arm.diverged and not arm.failed and not arm.stopped_early
     parts = [str(len(arm.seeds)) if is_complete else f"{len(arm.seeds)} finished"]
     if arm.diverged:
         interval = (
@@ -184,6 +186,8 @@ def runs_text(arm: ArmReport) -> str:
         parts.append(f"{arm.diverged} diverged{interval}")
     if arm.failed:
         parts.append(f"{arm.failed} failed")
+    if arm.stopped_early:
+        parts.append(f"{arm.stopped_early} stopped early")
     return ", ".join(parts)
 
 
