@@ -93,6 +93,7 @@ _LATEX = {
     "β": r"$\beta$",
     "α": r"$\alpha$",
 }
+LONG_NAME = 30  # characters that fit in the first column of a table
 # Letters that pdflatex has without further packages.
 _LATIN = range(0xC0, 0x180)
 
@@ -139,7 +140,10 @@ def latex(report: StudyReport) -> str:
 
 
 def _latex_table(text_table: TextTable, *, caption: str, label: str) -> str:
-    columns = "l" + "r" * (len(text_table.head) - 1)
+    longest = max((len(row[0]) for row in text_table.rows), default=0)
+    # Long names are broken into lines, since a table does not break them by itself.
+    first = r"p{0.28\textwidth}" if longest > LONG_NAME else "l"
+    columns = first + "r" * (len(text_table.head) - 1)
     lines = [
         r"\begin{table}",
         r"  \centering",
