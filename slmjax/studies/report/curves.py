@@ -44,7 +44,12 @@ def curve_charts(
     training = {key: _averaged(_points(run.train, "loss"), width) for key, run in runs.items()}
     about = "nats per token" if width == 1 else f"nats per token, averaged over {width:,} steps"
     charts.append(_chart("training", "Training loss", about, training, statuses))
-    return tuple(chart for chart in charts if chart.curves or chart.diverged)
+    return tuple(chart for chart in charts if _has_lines(chart))
+
+
+def _has_lines(chart: CurveChart) -> bool:
+    """Return whether there is a line to draw: a run with a single evaluation has none."""
+    return any(len(curve.steps) > 1 for curve in (*chart.curves, *chart.diverged))
 
 
 def _chart(

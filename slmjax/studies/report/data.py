@@ -5,7 +5,7 @@
 
 The file is enough to write all other files of the report again: it needs neither the run directories nor the
 study file. Its classes hold numbers and texts alone, so that it can be read by versions whose studies and
-findings have other fields.
+findings have other fields. A field that is added to them needs `config.added_field`: files lack it.
 """
 
 import dataclasses

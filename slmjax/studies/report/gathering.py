@@ -299,7 +299,7 @@ def _environment(runs: Sequence[RunRecords]) -> tuple[tuple[str, str], ...]:
             "uncommitted changes": "yes" if recorded.get("dirty") else "",
             "python": recorded.get("python"),
             **{name: packages.get(name) for name in _PACKAGES},
-            "platform": recorded.get("platform"),
+            "machine": recorded.get("machine"),
             "processors": recorded.get("cpu_count"),
             "devices": _devices_text(devices) if isinstance(devices, list) else None,
         }

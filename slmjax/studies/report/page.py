@@ -123,8 +123,8 @@ def noise_sentences(report: StudyReport) -> list[str]:
         sentences.append(f"Noisier than the others, and judged by their own noise: {', '.join(noise.noisy)}.")
     if noise is not None and noise.smallest_resolved is not None:
         sentences.append(
-            f"{len(report.seeds)} seeds and {len(report.comparisons)} comparisons find a difference of "
-            f"{noise.smallest_resolved:.3g} 4 times in 5."
+            f"With {len(report.seeds)} seeds and {len(report.comparisons)} comparisons, a difference of "
+            f"{noise.smallest_resolved:.3g} is found 4 times in 5."
         )
     if report.smallest_effect is not None:
         sentences.append(f"The smallest difference worth having was set to {report.smallest_effect:g}.")

@@ -192,9 +192,9 @@ def runs_text(arm: ArmReport) -> str:
 
 
 def count_text(value: float) -> str:
-    """Return a count in full, so that two that differ look different; large ones as a power of ten."""
+    """Return a count in full, so that two that differ look different; a very large one is rounded."""
     if value >= 1e12:
-        return f"{value:.4g}"
+        return f"{value:.6g}"
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.4g}"
 
 

@@ -36,7 +36,7 @@ COSTS = {
     "parameters": Cost(title="parameters", text=count_text, axis="parameters"),
     "non_embedding_parameters": Cost(title="without embedding", text=count_text),
     "active_parameters": Cost(title="active", text=count_text),
-    "flops": Cost(title="training FLOPs", text=count_text, axis="training FLOPs"),
+    "flops": Cost(title="training FLOPs", text=lambda value: f"{value:.4g}", axis="training FLOPs"),
     "tokens": Cost(title="tokens", text=count_text, axis="tokens"),
     "seconds": Cost(title="wall time", text=seconds_text, axis="seconds of wall time"),
     "tokens_per_second": Cost(title="tokens/s", text=count_text),
