@@ -22,6 +22,7 @@ Files in reading order:
 - reporting.py: `slmjax runs`, `slmjax report` and `slmjax compare`
 - verdicts.py: `slmjax verdict`
 - inspecting.py: `slmjax models` and `slmjax data`
+- coordinates.py: `slmjax coordinate-check`
 """
 
 import os
@@ -32,6 +33,7 @@ from slmjax import startup
 from slmjax.atomic_files import disk_problem
 from slmjax.cli.ablating import ablate_command
 from slmjax.cli.converting import export_command, import_command
+from slmjax.cli.coordinates import coordinate_check_command
 from slmjax.cli.early import check
 from slmjax.cli.evaluating import eval_command
 from slmjax.cli.experiments import experiments_command
@@ -67,6 +69,7 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
         "verdict": verdict_command,
         "models": models_command,
         "formats": formats_command,
+        "coordinate-check": coordinate_check_command,
     },
 }
 

@@ -65,7 +65,7 @@ def check(command: str, argv: Sequence[str]) -> None:
         _check_reading(command, argv)
     if command == "ablate":
         _check_study(argv)
-    takes_experiment = command in ("train", "data", "formats")
+    takes_experiment = command in ("train", "data", "formats", "coordinate-check")
     after_action = split_positional(argv)[1] if command in ("data", "formats") else argv
     name, options = split_experiment(after_action) if takes_experiment else (None, list(after_action))
     if name is not None and command != "formats":

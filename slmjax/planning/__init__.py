@@ -7,4 +7,7 @@ Files in reading order:
 - run_flops.py: FLOPs of a whole training
 - traffic.py: bytes that a compiled program sends
 - memory.py: memory of a step, and options that need less
+- sizes.py: a model at other widths and depths
+- coordinates.py: activations and updates over widths and depths
+- coordinates_page.py: the text and the page of a coordinate check
 """

@@ -263,6 +263,70 @@ def by_series(labels: Sequence[str], *, has_legend: bool) -> Spec:
     return colour
 
 
+def log_lines(
+    name: str,
+    title: str,
+    subtitle: str,
+    series: Mapping[str, Mapping[float, float]],
+    *,
+    x_title: str,
+) -> Chart | None:
+    """Return a chart with a line for each series on two logarithmic axes; None if there is nothing to draw.
+
+    Args:
+      name: name of the file.
+      title: title of the chart.
+      subtitle: the unit, or what is measured.
+      series: values by their place on the horizontal axis, by label; values that have no logarithm are left
+        out.
+      x_title: title of the horizontal axis.
+    """
+    rows = [
+        {"x": x, "value": value, "series": label}
+        for label, values in series.items()
+        for x, each in values.items()
+        if (value := number(each)) is not None and value > 0
+    ]
+    if not rows:
+        return None
+    labels = tuple(dict.fromkeys(row["series"] for row in rows))
+    colour = by_series(labels, has_legend=len(labels) > 1)
+    places = sorted({row["x"] for row in rows})
+    # Ticks at the measured places alone, with room at both ends for the points.
+    x = {
+        "field": "x",
+        "type": "quantitative",
+        "title": x_title,
+        "scale": {"type": "log", "nice": False, "padding": 12},
+        "axis": {"values": places, "format": "~s", "grid": False},
+    }
+    y = {
+        "field": "value",
+        "type": "quantitative",
+        "title": None,
+        "scale": {"type": "log", "nice": False, "padding": 8},
+        "axis": {"format": ".1~e", "tickCount": 4},
+    }
+    tooltip = [
+        {"field": "series", "title": "of"},
+        {"field": "x", "format": ",", "title": x_title},
+        {"field": "value", "format": ".4~g"},
+    ]
+    line: Spec = {"mark": {"type": "line"}}
+    if len(labels) > len(COLOURS):
+        dashes = [DASHES[index // len(COLOURS) % len(DASHES)] for index in range(len(labels))]
+        line["encoding"] = {"strokeDash": {**colour, "scale": {"domain": list(labels), "range": dashes}}}
+    layers = [line, {"mark": {"type": "point", "filled": True, "size": 30}}]
+    encoding = {"x": x, "y": y, "color": colour, "tooltip": tooltip}
+    return Chart(
+        name=name,
+        title=title,
+        subtitle=subtitle,
+        spec=chart_spec(rows, {"encoding": encoding, "layer": layers}),
+        labels=labels if len(labels) > 1 else (),
+    )
+
+
 def heat(
     name: str,
     title: str,
