@@ -165,5 +165,5 @@ def _overview() -> str:
         lines += ["", f"{title}:"]
         for name, function in commands.items():
             summary = (function.__doc__ or "").splitlines()[0].removesuffix(".")
-            lines.append(f"  {name:<18}{summary}")
+            lines.append(f"  {name:<14} {summary}")
     return "\n".join([*lines, "", "Run slmjax COMMAND --help for the options of a command."])

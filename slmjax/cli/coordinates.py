@@ -16,7 +16,7 @@ from slmjax.cli.options import (
 
 
 def coordinate_check_command(argv: Sequence[str]) -> int:
-    """Check whether hyperparameters can transfer between widths and depths.
+    """Check that settings transfer between widths and depths.
 
     slmjax coordinate-check [EXPERIMENT] [--widths 64 128 256] [--depths 2 4 8]
     """
