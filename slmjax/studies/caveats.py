@@ -95,6 +95,12 @@ def noise_notes(outcomes: Outcomes, judged: Judged) -> list[str]:
         "comparisons are judged by their own differences alone."
         for arm in judged.noise.noisy
     ]
+    notes += [
+        f"{arm} may be noisier than the other arms (standard deviation {judged.noise.own[arm]:.3g}): its "
+        "comparisons are judged by their own differences alone."
+        for arm in judged.noise.apart
+        if arm not in judged.noise.noisy
+    ]
     for (arm, against), judgement in zip(outcomes.question.pairs, judged.comparisons, strict=True):
         if judgement is None:
             shared = len(outcomes.paired_seeds((arm, against), metric))

@@ -128,6 +128,46 @@ def test_more_seeds_are_needed_for_smaller_differences() -> None:
     assert with_margin is not None and with_margin < 20 and only(table(noise)).seeds_needed is None
 
 
+CELLS = st.lists(
+    st.sampled_from(["value", "value", "value", "missing", "diverged"]), min_size=20, max_size=20
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(CELL, min_size=20, max_size=20),
+    st.integers(0, 1000),
+    st.sampled_from([(), (2, 4)]),
+    st.sampled_from([None, 0.8]),
+)
+def test_any_table_is_judged(
+    cells: list[str], seed: int, looks: tuple[int, ...], equal_within: float | None
+) -> None:
+    """Whatever is missing, verdicts do not depend on the order of a pair nor on the unit of the metric."""
+    values = np.random.default_rng(seed).normal(size=(4, 5)) + [[0.0], [0.0], [2.0], [4.0]]
+    is_diverged = np.reshape([cell == "diverged" for cell in cells], (4, 5))
+    values[np.reshape([cell != "value" for cell in cells], (4, 5))] = np.nan
+    results = Table(arms=("a", "b", "c", "d"), seeds=(0, 1, 2, 3, 4), values=values, diverged=is_diverged)
+    rules = Rules(looks=looks, equal_within=equal_within)
+    judged = judge(results, against_first(4), rules)
+    turned = judge(results, [(second, first) for first, second in against_first(4)], rules)
+    margin = None if equal_within is None else 16 * equal_within
+    scaled = judge(
+        dataclasses.replace(results, values=16 * values),
+        against_first(4),
+        dataclasses.replace(rules, equal_within=margin),
+    )
+    opposite = {"better": "worse", "worse": "better"}
+    for first, second, third in zip(judged.comparisons, turned.comparisons, scaled.comparisons, strict=True):
+        assert (first is None) == (second is None) == (third is None)
+        if first is None or second is None or third is None:
+            continue
+        assert second.verdict.value == opposite.get(first.verdict.value, first.verdict.value)
+        assert second.difference == -first.difference and third.difference == 16 * first.difference
+        assert third.verdict is first.verdict and third.adjusted_p == pytest.approx(first.adjusted_p)
+        assert math.isfinite(first.interval[0]) and 0 <= first.p_value <= 1 and first.adjusted_p <= 1
+
+
 # Divergence -------------------------------------------------------------------------------------------------
 def test_a_diverged_seed_counts_with_the_worst_value_of_the_pair() -> None:
     values = [[1.0, 1.1, 1.4], [0.9, 1.2, 9.0], [7.0, 8.0, 9.0]]
