@@ -25,7 +25,7 @@ from slmjax.studies.recovery import RecoveryReport, measure, report_recovery
 from slmjax.studies.recovery_layout import write_recovery
 from slmjax.studies.report import write_study_report
 from slmjax.studies.running import run_study
-from slmjax.studies.study import FAILED, Member, OnChange, Study
+from slmjax.studies.study import FAILED, Member, OnChange, Study, read_members
 from slmjax.studies.study_directory import (
     PLAN,
     STUDY_FILE,
@@ -197,7 +197,13 @@ def run_ablation(
         if only:
             options["only"] = needed[study.name]
         members = run(study, directory.path, **options)
-        yield conclude(study, members, directory, ledger=ledger_of(ablation.directory))
+        ledger = ledger_of(ablation.directory)
+        outcome = conclude(study, members, directory, ledger=ledger)
+        # Another worker may have ended a member, and written its findings before these.
+        while len(newer := read_members(study, directory.path, on_change=directory.on_change)) > len(members):
+            members = newer
+            outcome = conclude(study, members, directory, ledger=ledger)
+        yield outcome
 
 
 def fix_studies(
