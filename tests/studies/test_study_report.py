@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -215,6 +217,18 @@ def test_latex_has_no_character_with_a_meaning(report: StudyReport) -> None:
             assert bare.count("&") == len(columns) - 1, row
             assert not re.search(r"[#$%_^~\\]", bare), row
     assert all(ord(character) < 0x180 for character in text)
+
+
+@pytest.mark.nightly
+def test_latex_compiles(written: Path, tmp_path: Path) -> None:
+    if (program := shutil.which("pdflatex")) is None:
+        pytest.skip("pdflatex is not installed: whether LaTeX takes the tables is not tested here")
+    document = r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs}\begin{document}"
+    (tmp_path / "report.tex").write_text((written / "report.tex").read_text())
+    (tmp_path / "paper.tex").write_text(document + "\\input{report.tex}\\end{document}\n")
+    command = [program, "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "1 page" in done.stdout, done.stdout[-2000:]
 
 
 def test_latex_text_by_hand() -> None:

@@ -41,7 +41,8 @@ def findings_so_far(directory: str | Path) -> Findings | None:
     members = tuple(
         member
         for member in recorded_members(directory, arms=tuple(arms), seeds=tuple(settings["seeds"]))
-        if _is_of_plan(member, arms)
+        # Rates of tuned arms are chosen after the plan, and change the experiments of all members.
+        if settings.get("tune") is not None or _is_of_plan(member, arms)
     )
     if written is not None and not _is_behind(written, members):
         return written
@@ -61,7 +62,6 @@ def _latest_plan(directory: Path) -> dict[str, Any]:
 def _is_of_plan(member: Member, arms: dict[str, Any]) -> bool:
     """Return whether a member is of the experiment that its arm has now."""
     fingerprints = arms[member.arm].get("fingerprints") or {}
-    # Rates of tuned arms are chosen after the plan, and change the fingerprint.
     return fingerprints.get(str(member.seed), member.fingerprint) == member.fingerprint
 
 
