@@ -12,6 +12,7 @@ def verdict_command(argv: Sequence[str]) -> int:
     """Judge which arm is better: runs of a CSV, JSON or W&B export, or run directories.
 
     slmjax verdict RESULTS ... --arm COLUMN --seed COLUMN --metric COLUMN --baseline NAME
+    slmjax verdict --campaign DIR
     """
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,11 +51,40 @@ def verdict_command(argv: Sequence[str]) -> int:
         tolerance: float = 0.0
         # directory to write findings.json and the report to (none: nothing is written)
         out: str | None = None
+        # instead of results: judge all studies below this directory together
+        campaign: str | None = None
+        # of a campaign: largest expected fraction of false verdicts among those that survive
+        rate: float = 0.05
+        # of a campaign: benjamini-yekutieli or e-bh
+        control: str = "benjamini-yekutieli"
         # print the findings as JSON
         json: bool = False
 
     args = parse(Arguments, argv, command="verdict", description=verdict_command.__doc__)
-    return _verdict(args)
+    return _verdict(args) if args.campaign is None else _campaign(args)
+
+
+def _campaign(args: Any) -> int:
+    from slmjax.config import near_names, to_json
+    from slmjax.studies.campaign import CAMPAIGN, Control, judge_campaign, print_campaign, read_campaign
+    from slmjax.telemetry.run_directory import write_json
+
+    if args.results:
+        raise ValueError(f"give results ({args.results[0]}) or --campaign {args.campaign}, not both")
+    names = [control.value for control in Control]
+    if args.control not in names:
+        raise ValueError(
+            f"--control {args.control} is none.{near_names(args.control, names)} Give {' or '.join(names)}"
+        )
+    judged = judge_campaign(read_campaign(args.campaign), rate=args.rate, control=Control(args.control))
+    written = [] if args.out is None else [write_json(Path(args.out) / CAMPAIGN, to_json(judged))]
+    if args.json:
+        print_json({"written": [*map(str, written)], "campaign": to_json(judged)})
+        return 0
+    print_campaign(judged)
+    for path in written:
+        print(f"\n{path}")
+    return 0
 
 
 def _verdict(args: Any) -> int:

@@ -28,8 +28,10 @@ Files in reading order:
 - questions.py: what is asked of results, and their table; caveats.py: notes on what does not compare.
 - results_files.py: rows of files and directories; foreign_results.py: their columns as a question.
 - combinators.py: grids, pairs and ladders; study_directory.py: study files, and what is fixed beforehand.
+- heldout_text.py: uncertainty of the held-out text beside that of seeds.
 - findings.py: comparisons and verdicts; layout.py shows them; text_tables.py aligns their tables.
 - noise.py: the ledger of noise of all studies.
+- campaign.py: verdicts of all studies together, and which winners are confirmed.
 - tuning.py: each arm at its own best learning rate.
 - plan.py: what a study will take, and what it can find.
 - report/: the page of a study, its tables for texts, and the data that they show.
@@ -39,6 +41,7 @@ Files in reading order:
 
 from slmjax.quantization.ptq.round_to_nearest import Clip
 from slmjax.studies.arms import Arm, Derivation, Derived
+from slmjax.studies.campaign import judge_campaign, read_campaign
 from slmjax.studies.claims import Lease
 from slmjax.studies.combinators import grid, ladder, pair
 from slmjax.studies.costs import ArmCost, TextSize, arm_cost, text_size
@@ -180,12 +183,14 @@ __all__ = [
     "findings_markdown",
     "findings_table",
     "holm",
+    "judge_campaign",
     "ledger_of",
     "measure",
     "member_experiment",
     "paired_difference",
     "print_findings",
     "print_recovery",
+    "read_campaign",
     "read_findings",
     "read_members",
     "record_noise",

@@ -18,9 +18,12 @@ from scipy import stats
 
 from slmjax.atomic_files import write_text
 from slmjax.config import dumps, read_file
+from slmjax.stored_json import check_object, parse_json
 from slmjax.studies.caveats import budget_notes, data_notes, lost_text_notes, member_notes, noise_notes
+from slmjax.studies.heldout_text import TextUncertainty, text_uncertainty
 from slmjax.studies.questions import Outcomes, Pair, Question
 from slmjax.studies.statistics.power import smallest_resolved
+from slmjax.studies.statistics.proportions import exact_interval
 from slmjax.studies.statistics.results_table import Rules
 from slmjax.studies.statistics.samples import (
     Interval,
@@ -30,7 +33,7 @@ from slmjax.studies.statistics.samples import (
     summarize,
 )
 from slmjax.studies.statistics.verdicts import Judged, Judgement, Noise, Verdict, judge
-from slmjax.studies.study import DIVERGED, FINISHED, Member, Study
+from slmjax.studies.study import DIVERGED, FINISHED, Member, Study, member_fingerprint
 
 FINDINGS = "findings.json"
 
@@ -57,6 +60,8 @@ class ArmSummary:
     budget: Summary | None  # of the metric that should be equal for all arms
     diverged: tuple[int, ...]  # seeds
     divergence: Divergence | None  # None while no run has ended
+    # hash of the experiment without its seed; None if it is not known, or another one for each seed
+    experiment: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +98,9 @@ class Findings:
     budget: str | None  # the metric that should be equal; None: none
     is_matched: bool | None  # whether it is; None if no two arms have finished a seed
     smallest_resolved: float | None = None  # difference that these seeds resolve 4 times in 5
+    text: tuple[TextUncertainty, ...] = ()  # of comparisons whose runs keep the loss of each document
+    tuning_seeds: tuple[int, ...] = ()  # that chose the learning rates of arms
+    began: float | None = None  # when the first run began, in seconds since 1970; None if not known
     changes: tuple[str, ...] = ()  # of the study since its first run
     notes: tuple[str, ...] = ()  # caveats: what was left out, or does not compare
     version: int = 1  # of this file
@@ -122,8 +130,40 @@ def analyze(
     """
     question = Question.of(study, further=further)
     findings = analyze_members(question, members)
-    notes = (*findings.notes, *data_notes(study, members))
-    return dataclasses.replace(findings, notes=notes, changes=tuple(changes))
+    return dataclasses.replace(
+        findings,
+        notes=(*findings.notes, *data_notes(study, members)),
+        arms=tuple(
+            dataclasses.replace(arm, experiment=_experiment_of(study, arm.arm)) for arm in findings.arms
+        ),
+        tuning_seeds=() if study.tune is None else study.tune.seeds,
+        began=_began(members),
+        changes=tuple(changes),
+    )
+
+
+def _experiment_of(study: Study, name: str) -> str | None:
+    """Return a hash of what an arm is, for any seed."""
+    arm = study.trained(name)
+    # A function of the seed may need a file for each, and is another experiment for each.
+    if callable(arm.experiment) and arm.after is None:
+        return None
+    return member_fingerprint(study, name, 0)
+
+
+def _began(members: Sequence[Member]) -> float | None:
+    """Return the time of the earliest record in the logs of the runs."""
+    times = []
+    for member in members:
+        log = Path(str(member.result.get("run_dir", ""))) / "log.jsonl"
+        # Derived members have no log, and runs may have been deleted since.
+        if log.is_file():
+            with log.open("rb") as stream:
+                first = parse_json(stream.readline(), name=f"line 1 of {log}", remedy="remove the line")
+            times.append(
+                check_object(first, {"time": float}, name=str(log), remedy="remove the line")["time"]
+            )
+    return min(times, default=None)
 
 
 def analyze_members(question: Question, members: Sequence[Member]) -> Findings:
@@ -155,6 +195,7 @@ def analyze_members(question: Question, members: Sequence[Member]) -> Findings:
         smallest_resolved=_smallest_resolved(question, judged),
         level=judged.level,
         look=judged.look,
+        text=text_uncertainty(question, members),
         budget=None if question.budget is None else question.budget.metric,
         is_matched=is_matched,
         notes=notes,
@@ -217,9 +258,8 @@ def _interval(summary: Summary, confidence: float) -> Interval | None:
 def _divergence(*, num_runs: int, num_diverged: int, confidence: float) -> Divergence | None:
     if num_runs == 0:
         return None
-    test = stats.binomtest(num_diverged, num_runs)
-    low, high = test.proportion_ci(confidence_level=confidence, method="exact")
-    return Divergence(num_runs=num_runs, num_diverged=num_diverged, interval=(float(low), float(high)))
+    interval = exact_interval(num_diverged, num_runs, confidence=confidence)
+    return Divergence(num_runs=num_runs, num_diverged=num_diverged, interval=interval)
 
 
 def _comparison(outcomes: Outcomes, pair: Pair, judgement: Judgement | None) -> Comparison:

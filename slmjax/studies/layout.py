@@ -71,6 +71,8 @@ def _text_tables(findings: Findings) -> list[TextTable]:
     # Every arm has the same further metrics, some of them None.
     if findings.arms and findings.arms[0].further_metrics:
         tables.append(_further_table(findings))
+    if findings.text:
+        tables.append(_text_table(findings))
     return tables
 
 
@@ -157,6 +159,29 @@ def _further_table(findings: Findings) -> TextTable:
         f"{_confidence(findings)} interval",
         head=("arm", *(column for name in names for column in (in_words(name), "difference"))),
         rows=tuple((arm.arm, *cells) for arm, *cells in zip(findings.arms, *columns, strict=True)),
+    )
+
+
+def _text_table(findings: Findings) -> TextTable:
+    rows = []
+    for item in findings.text:
+        sources = item.sources
+        # Both with the decimals of the smaller one, so that they compare at a glance.
+        errors = [error for error in (sources.seed_error, sources.text_error) if error]
+        decimals = num_decimals(min(errors, default=None), sources.difference)
+        rows.append(
+            (
+                item.arm if item.against == findings.baseline else f"{item.arm} − {item.against}",
+                f"{sources.seed_error:.{decimals}f}",
+                f"{sources.text_error:.{decimals}f}",
+                f"{item.num_documents:,}",
+                sources.advice.value,
+            )
+        )
+    return TextTable(
+        title="Standard error of the difference by source",
+        head=("arm", "by seeds", "by held-out text", "documents", "worth buying"),
+        rows=tuple(rows),
     )
 
 

@@ -65,3 +65,19 @@ def test_bad_input_has_status_2(results: Path, capsys: pytest.CaptureFixture[str
     assert status == 2 and "confidence is 95" in out
     status, out = verdict(capsys)
     assert status == 2 and "no results to read" in out
+
+
+def test_a_campaign(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--arm", "optimizer", "--metric", "val_loss", "--baseline", "adam")
+    for name in ("first", "second"):
+        verdict(capsys, results.name, *options, "--out", f"studies/{name}")
+    status, out = verdict(capsys, "--campaign", "studies")
+    assert status == 0 and "4 tests" in out and "muon (first) is no new baseline yet" in out
+    status, out = verdict(capsys, "--campaign", "studies", "--json", "--out", "answer", "--control", "e-bh")
+    printed = json.loads(out)
+    assert status == 0 and printed["campaign"]["control"] == "e-bh"
+    assert json.loads(Path("answer/campaign.json").read_text()) == printed["campaign"]
+    status, out = verdict(capsys, "--campaign", "studies", results.name)
+    assert status == 2 and "not both" in out
+    status, out = verdict(capsys, "--campaign", "studies", "--control", "ebh")
+    assert status == 2 and "Did you mean 'e-bh'" in out

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from slmjax.evaluation import DocumentSums, write_document_sums
 from slmjax.studies import (
     Arm,
     Budget,
@@ -28,6 +29,7 @@ from slmjax.studies import (
     run_study,
     write_findings,
 )
+from slmjax.studies.statistics.documents import Advice, difference_sources
 from slmjax.studies.statistics.power import smallest_resolved
 from slmjax.studies.statistics.results_table import Table
 from slmjax.studies.statistics.verdicts import judge
@@ -324,3 +326,38 @@ def test_completions_are_not_compared_with_all_text(tmp_path: Path) -> None:
             == num_notes
         )
         assert not any("not on all held-out text" in note for note in notes)
+
+
+def test_uncertainty_of_the_heldout_text_beside_that_of_seeds(tmp_path: Path) -> None:
+    members = run_study(three_arms(), tmp_path, train=StubTrainer())
+    assert analyze(three_arms(), members).text == ()
+    draws = np.random.default_rng(0)
+    num_bytes = np.array([50, 80, 30, 60])
+    # Documents differ much more than seeds do: more text is worth more.
+    effects = {"slow": 0.0, "fast & loose": np.array([-9.0, 4.0, -6.0, 2.0]), "third": 0.1}
+    nats = {}
+    for member in members:
+        nats[member.arm, member.seed] = 60.0 + effects[member.arm] + 0.01 * draws.normal(size=4)
+        sums = DocumentSums(
+            nats=nats[member.arm, member.seed], tokens=num_bytes, bytes=num_bytes, num_documents=4
+        )
+        write_document_sums(sums, member.result["run_dir"])
+    findings = analyze(three_arms(), members)
+    assert [item.arm for item in findings.text] == ["fast & loose", "third"]
+    sources = findings.text[0].sources
+    bits = [np.stack([nats[arm, seed] for seed in (0, 1, 2)]) / math.log(2) for arm in LR]
+    expected = difference_sources(bits[1], bits[0], num_bytes.astype(float))
+    assert dataclasses.astuple(sources)[:-1] == pytest.approx(dataclasses.astuple(expected)[:-1])
+    assert sources.text_error > 10 * sources.seed_error and sources.advice is Advice.MORE_TEXT
+    text = findings_markdown(findings)
+    assert "| arm | by seeds | by held-out text | documents | worth buying |" in text
+    assert "| 4 | more text |" in text
+    assert read_findings(write_findings(findings, tmp_path)) == findings
+    # Other text does not compare, and a damaged file costs this table alone.
+    path = write_document_sums(
+        DocumentSums(nats=num_bytes * 1.0, tokens=num_bytes, bytes=num_bytes + 1, num_documents=4),
+        members[1].result["run_dir"],
+    )
+    assert [item.arm for item in analyze(three_arms(), members).text] == ["third"]
+    path.write_bytes(b"damaged")
+    assert analyze(three_arms(), members).text[0].seeds == (1, 2)

@@ -25,6 +25,7 @@ from slmjax.studies.report.data import (
     NoiseReport,
     SettingReport,
     StudyReport,
+    TextNoise,
 )
 from slmjax.studies.report.planned import Planned, read_planned
 from slmjax.studies.report.records import directory_of_run, recorded_members
@@ -67,6 +68,17 @@ def report_of(findings: Findings, members: Sequence[Member] = ()) -> StudyReport
             noisy=findings.noise.noisy,
             equality_p=findings.noise.equality_p,
             smallest_resolved=findings.smallest_resolved,
+        ),
+        text=tuple(
+            TextNoise(
+                arm=item.arm,
+                against=item.against,
+                seeds_error=item.sources.seed_error,
+                text_error=item.sources.text_error,
+                documents=item.num_documents,
+                advice=item.sources.advice.value,
+            )
+            for item in findings.text
         ),
         changes=findings.changes,
         notes=findings.notes,
