@@ -28,7 +28,7 @@ Files in reading order:
 - questions.py: what is asked of results, and their table; caveats.py: notes on what does not compare.
 - results_files.py: rows of files and directories; foreign_results.py: their columns as a question.
 - combinators.py: grids, pairs and ladders; study_directory.py: study files, and what is fixed beforehand.
-- heldout_text.py: uncertainty of the held-out text beside that of seeds.
+- heldout_text.py: uncertainty of the held-out text, compared with that of seeds.
 - findings.py: comparisons and verdicts; layout.py shows them; text_tables.py aligns their tables.
 - noise.py: the ledger of noise of all studies.
 - campaign.py: verdicts of all studies together, and which winners are confirmed.

@@ -1,4 +1,4 @@
-"""The uncertainty of a study's held-out text, beside that of its seeds.
+"""The uncertainty of a study's held-out text, compared with that of its seeds.
 
     text_uncertainty(question, members)            # for each comparison whose runs keep the loss by document
 

@@ -1,6 +1,6 @@
 """The ledger of noise: how much runs that differ in their seed alone differ, from all studies in a directory.
 
-    ledger = ledger_of("studies/width")                      # studies/noise.jsonl, beside the study
+    ledger = ledger_of("studies/width")                      # studies/noise.jsonl
     record_noise(ledger, findings, members)                  # after each analysis; repeating it adds nothing
     expected = expected_deviation(ledger, metric="bits_per_byte", parameters=600_000, tokens=1_000_000)
     expected.deviation                                       # of one run; None if the ledger has no such runs
