@@ -333,7 +333,9 @@ def restarted(optimizer: optax.GradientTransformation, state: Any, params: Mappi
     return (*fresh[:-1], state[-1])
 
 
-def _times(transform: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+def _times(
+    transform: optax.GradientTransformation, factor: float | Float[Array, ""]
+) -> optax.GradientTransformation:
     """Return `transform` with its updates times a factor, and the same state."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

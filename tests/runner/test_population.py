@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import math
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,21 @@ import pytest
 from rich.console import Console
 
 import slmjax
+from slmjax import faults
 from slmjax.checkpoints.loading import load_model
 from slmjax.checkpoints.run_checkpoints import CheckpointConfig
 from slmjax.data.config import DataConfig, Split
 from slmjax.data.tokenizers import ByteTokenizer
+from slmjax.distill.config import DistillConfig, Ramp, TeacherConfig
+from slmjax.formats.presets import preset
 from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.parallel.mesh import MeshConfig
-from slmjax.runner.population import share_a_program, train_population
+from slmjax.quantization.estimators import LearnedScale
+from slmjax.quantization.rules import QuantConfig, QuantPhase, QuantRule
+from slmjax.runner import population_pace
+from slmjax.runner.population import Pace, population_pays, share_a_program, train_population
 from slmjax.telemetry.run_directory import read_log
 from slmjax.training.experiment import EvalConfig, Experiment, RunConfig
 from slmjax.training.objective import ObjectiveConfig
@@ -128,3 +137,142 @@ def test_members_may_differ_in_numbers_seeds_and_names(tmp_path):
         train_population([base, wider], console=QUIET)
     with pytest.raises(ValueError, match="0 experiments and 0 runs"):
         train_population([], console=QUIET)
+
+
+# Interrupted, in phases, taught -----------------------------------------------------------------------------
+def states(result: slmjax.Result) -> dict[str, Any]:
+    return load_model(result.run_dir).params
+
+
+def assert_same_bits(found: slmjax.Result, wanted: slmjax.Result) -> None:
+    for path, leaf in states(wanted).items():
+        np.testing.assert_array_equal(states(found)[path], leaf, err_msg=path)
+    assert (found.loss, found.step, found.run_tokens) == (wanted.loss, wanted.step, wanted.run_tokens)
+    checksums = [
+        {line["step"]: line["data_checksum"] for line in records(run, "train")} for run in (found, wanted)
+    ]
+    assert checksums[0] == checksums[1]
+
+
+@pytest.mark.nightly
+@pytest.mark.composes("resume", "studies")
+def test_an_interrupted_population_resumes_bit_for_bit(workplace, tmp_path, monkeypatch):
+    """Also members that resume at different steps; and one that is resumed alone ends as it does in the
+    population, up to rounding.
+    """
+
+    def stop(point: str, step: int = -1) -> None:
+        if (point, step) == ("step", 5):
+            signal.raise_signal(signal.SIGTERM)
+
+    whole = train_population(members(tmp_path / "whole", workplace / "text.txt")[:2], console=QUIET)
+    experiments = members(tmp_path, workplace / "text.txt")[:2]
+    with monkeypatch.context() as patched:
+        patched.setattr(faults, "at", stop)
+        stopped = train_population(experiments, console=QUIET)
+    assert [(result.status, result.step) for result in stopped] == [("interrupted", 5)] * 2
+    runs = [Path(result.run_dir) for result in stopped]
+    alone = tmp_path / "alone"
+    shutil.copytree(runs[0], alone)
+    # As if the process had been killed before the last save of one of them was complete.
+    shutil.rmtree(runs[1] / "checkpoints" / "5")
+    resumed = train_population(experiments, resume=runs, console=QUIET)
+    assert [Path(result.run_dir) for result in resumed] == runs
+    for result, wanted in zip(resumed, whole, strict=True):
+        assert_same_bits(result, wanted)
+    result = slmjax.train(experiments[0], resume=alone, console=QUIET)
+    np.testing.assert_allclose(result.loss, whole[0].loss, rtol=1e-4)
+
+
+def assert_close(found: slmjax.Result, wanted: slmjax.Result) -> None:
+    for name in ("loss", "grad_norm"):
+        values = [[line[name] for line in records(run, "train")] for run in (found, wanted)]
+        np.testing.assert_allclose(*values, rtol=1e-3, err_msg=name)
+    np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-3)
+    assert (found.status, found.step, found.run_tokens) == (wanted.status, wanted.step, wanted.run_tokens)
+
+
+@pytest.mark.nightly
+@pytest.mark.composes("quantization", "accumulation", "studies")
+def test_members_pass_through_phases_of_quantization_together(workplace, tmp_path):
+    """With averages, learned scales and microbatches; rounding to codes amplifies differences of rounding."""
+    phases = (
+        QuantPhase(rules=(QuantRule(paths=".", weight=preset("q8_0")),)),
+        QuantPhase(
+            step=2,
+            rules=(QuantRule(paths=".", weight=preset("q4_0"), estimator=LearnedScale()),),
+            restart_optimizer=True,
+        ),
+    )
+
+    wide = dataclasses.replace(BLOCK, ffn=MlpConfig(hidden_dim=32))
+
+    def experiments(directory: Path) -> list[Experiment]:
+        return [
+            dataclasses.replace(
+                base,
+                model=dataclasses.replace(base.model, embed_dim=32, stack=(LayerGroup(pattern=(wide,)),)),
+                quant=QuantConfig(phases=phases, start_step=3),
+                data=dataclasses.replace(base.data, batch_size=16),
+                optim=dataclasses.replace(
+                    base.optim, ema_decay=0.5 + 0.1 * number, scale_lr=1e-2, accumulation_steps=2
+                ),
+                run=dataclasses.replace(base.run, log_flips=True),
+            )
+            for number, base in enumerate(members(directory, workplace / "text.txt")[:2])
+        ]
+
+    found = train_population(experiments(tmp_path / "together"), console=QUIET)
+    alone = slmjax.train(experiments(tmp_path / "alone")[1], console=QUIET)
+    assert_close(found[1], alone)
+    flips = [
+        [line["flipped_since"] for line in records(run, "train") if "flipped_since" in line]
+        for run in (found[1], alone)
+    ]
+    assert flips[0] == flips[1] != []
+
+
+@pytest.mark.nightly
+@pytest.mark.composes("distillation", "mesh", "studies")
+def test_members_share_a_teacher(together, workplace, tmp_path):
+    teachers = (TeacherConfig(path=together[3].run_dir),)
+    distill = DistillConfig(teachers=teachers, hard_weight=Ramp(start=0.5))
+
+    def experiments(directory: Path) -> list[Experiment]:
+        return [
+            dataclasses.replace(experiment, objective=ObjectiveConfig(distill=distill, z_loss=z_loss))
+            for experiment, z_loss in zip(
+                members(directory, workplace / "text.txt")[:2], (0.0, 1e-3), strict=True
+            )
+        ]
+
+    found = train_population(experiments(tmp_path / "together"), console=QUIET)
+    for result, experiment in zip(found, experiments(tmp_path / "alone"), strict=True):
+        alone = slmjax.train(experiment, console=QUIET)
+        assert_close(result, alone)
+        divergences = [[line["divergence"] for line in records(run, "train")] for run in (result, alone)]
+        np.testing.assert_allclose(*divergences, rtol=1e-3)
+
+
+# Whether it pays --------------------------------------------------------------------------------------------
+@pytest.mark.nightly
+def test_a_few_steps_are_measured_both_ways(workplace, tmp_path, monkeypatch):
+    monkeypatch.setattr(population_pace, "MEASURED_SECONDS", 0.02)
+    experiments = members(tmp_path, workplace / "text.txt")[:2]
+    pace = population_pays(experiments)
+    assert 0 < pace.seconds_in_turn < math.inf and 0 < pace.seconds_together < math.inf and not pace.note
+    assert not list(tmp_path.iterdir())  # no run directory
+    assert population_pays(experiments[::-1]) is pace
+    monkeypatch.setattr(population_pace, "_available_bytes", lambda: 1000)
+    pace = population_pays(members(tmp_path, workplace / "text.txt")[:3])
+    assert not pace.pays and "of memory, and the device has" in pace.text()
+
+
+def test_the_pace_in_words():
+    slower = Pace(num_members=8, seconds_in_turn=1.0, seconds_together=1.25)
+    assert not slower.pays and slower.text() == (
+        "8 members are trained in turn: one program for all of them has 0.80 times the tokens per second of "
+        "one after another"
+    )
+    assert Pace(num_members=8, seconds_in_turn=3.0, seconds_together=1.0).pays
+    assert not Pace(num_members=8, seconds_in_turn=3.0, note="no memory").pays

@@ -125,7 +125,7 @@ def test_members_train_as_they_do_alone():
 @pytest.mark.nightly
 @pytest.mark.composes("mesh", "experts", "accumulation", "studies")
 @pytest.mark.parametrize(
-    ("num_devices", "mesh"), [(8, MeshConfig()), (4, MeshConfig(fsdp=2)), (8, MeshConfig(tensor=2, expert=2))]
+    ("num_devices", "mesh"), [(4, MeshConfig()), (4, MeshConfig(fsdp=2)), (8, MeshConfig(tensor=2, expert=2))]
 )
 def test_members_are_spread_over_devices(num_devices, mesh):
     """Experts, microbatches and Muon; members on the axis arm, next to the axes of their own mesh."""
