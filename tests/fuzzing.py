@@ -45,6 +45,7 @@ from slmjax.data.tokenizers import Tokenizer
 from slmjax.evaluation.multiple_choice import read_questions
 from slmjax.models.definition import define
 from slmjax.runner.resume import is_complete
+from slmjax.studies.claims import Claims
 from slmjax.studies.study import read_members
 from slmjax.telemetry.report import list_runs, write_comparison, write_report
 from slmjax.telemetry.run_directory import RunDirectory, read_log, sessions
@@ -485,6 +486,13 @@ KINDS: tuple[Kind, ...] = (
         sample=sound_files.write_members,
         read=lambda path: read_members(sound_files.study(), path),
         mutate=json_lines_mutation,
+        names_file=False,
+    ),
+    Kind(
+        name="outcome in a claim",
+        file="claims/sound/seed-0/2.json",
+        sample=sound_files.write_claim,
+        read=lambda path: (read_members(sound_files.study(), path), Claims(path).look("sound/seed-0")),
         names_file=False,
     ),
     *(

@@ -27,6 +27,7 @@ from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.quantization.rules import QuantPhase, QuantRule
 from slmjax.studies.arms import Arm
+from slmjax.studies.claims import Claims
 from slmjax.studies.study import Study, member_fingerprint
 from slmjax.telemetry.run_directory import write_json
 from tests import tiny
@@ -264,6 +265,16 @@ def write_members(directory: Path) -> None:
         for arm in study().arms
     ]
     write_lines(directory, "members.jsonl", lines)
+
+
+def write_claim(directory: Path) -> None:
+    """Write the claim of a member of a study, and its outcome."""
+    write_members(directory)
+    member = json.loads((directory / "members.jsonl").read_text().splitlines()[0])
+    with Claims(directory) as claims:
+        claim = claims.take(claims.look("sound/seed-0"))
+        assert claim is not None
+        claim.record(member)
 
 
 def write_rows(directory: Path) -> None:

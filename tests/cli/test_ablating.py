@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from slmjax import cli
-from slmjax.studies import running
+from slmjax.studies import read_findings, running
+from slmjax.studies.claims import Claims, Lease
 from slmjax.studies.running import run_study
 from slmjax.training.experiment import read_experiment
 from tests.studies.stub import StubTrainer
@@ -106,6 +107,24 @@ def test_a_study_from_its_file_to_its_findings(ablate: Ablate, stub: StubTrainer
     (outcome,) = result["studies"]
     assert (outcome["study"], outcome["members_left"], outcome["failed"]) == ("pace", 0, [])
     assert [one["arm"] for one in outcome["findings"]["comparisons"]] == ["fast & loose", "third", "third"]
+
+
+def test_workers_leave_to_others_what_they_have_claimed(
+    ablate: Ablate, stub: StubTrainer, tmp_path: Path
+) -> None:
+    directory = tmp_path / "runs" / "studies" / "pace"
+    with Claims(directory, lease=Lease(seconds=30, heartbeat=0.05)) as other:
+        claim = other.take(other.look("slow/seed-0"))
+        assert claim is not None
+        code, _, err = ablate("pace.py", "--worker", "--lease", "1")
+        assert code == 0 and len(asked(stub)) == 8
+        assert err.endswith("pace: 1 members have not ended yet\n")
+    code, out, err = ablate("pace.py", "--worker", "--wait")
+    assert code == 0 and asked(stub) == [(1e-3, 0)] and "Is fast better?" in out
+    findings = read_findings(directory)
+    assert all(len(arm.seeds) == 3 for arm in findings.arms)
+    code, _, err = ablate("pace.py", "--worker", "--lease", "0")
+    assert code == 2 and "the lease is 0.0 s" in err
 
 
 def test_an_interrupted_study_resumes(ablate: Ablate, stub: StubTrainer) -> None:
