@@ -60,7 +60,7 @@ def help_text(
         lines += ["", "options to begin with:", *_lines(chosen)]
     if others:
         lines += ["", "other options of the command:" if chosen else "options:", *_lines(others)]
-    if groups := _group_lines(every):
+    if groups := list(_group_lines(every)):
         lines += ["", "groups of settings:", *groups, ""]
         lines += textwrap.wrap(
             f"`slmjax {command} --help GROUP` or `--help FIELD` explains one, `--help all` everything. Every "

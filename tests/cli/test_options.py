@@ -231,3 +231,8 @@ def test_an_evaluation_with_a_short_name_of_a_data_option(monkeypatch):
     monkeypatch.setattr("slmjax.checkpoints.loading.load_model", lambda *_, **__: loaded)
     assert evaluating.eval_command(["model", "--sequence-length", "64", "--json"]) == 0
     assert [data.sequence_length for data in taken] == [64]
+
+
+def test_only_commands_with_settings_list_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "groups of settings" in shown(capsys, "train", "--help")
+    assert "groups of settings" not in shown(capsys, "runs", "--help")
