@@ -13,6 +13,10 @@ def verdict_command(argv: Sequence[str]) -> int:
 
     slmjax verdict RESULTS ... --arm COLUMN --seed COLUMN --metric COLUMN --baseline NAME
     slmjax verdict --campaign DIR
+
+    Columns that are not named are guessed where only one can be meant. A run has diverged if its metric is
+    NaN or infinite, or its status says so; a blank metric is no result. The exit status is 0, also if nothing
+    is resolved, and 2 for input that cannot be used.
     """
 
     @dataclasses.dataclass(frozen=True, kw_only=True)

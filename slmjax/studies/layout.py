@@ -223,4 +223,6 @@ def look_line(findings: Findings) -> str:
     if findings.look is None:
         return ""
     planned = listed(findings.rules.looks)
+    if not findings.look:
+        return f"No look yet: the first is at {findings.rules.looks[0]} seeds of every arm ({planned})."
     return f"Look at {findings.look} seeds of those planned ({planned}), at level {findings.level:.3g}."

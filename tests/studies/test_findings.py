@@ -361,3 +361,13 @@ def test_uncertainty_of_the_heldout_text_beside_that_of_seeds(tmp_path: Path) ->
     assert [item.arm for item in analyze(three_arms(), members).text] == ["third"]
     path.write_bytes(b"damaged")
     assert analyze(three_arms(), members).text[0].seeds == (1, 2)
+
+
+def test_looks_are_said(tmp_path: Path) -> None:
+    asked = three_arms(looks=(3, 5))
+    findings = found(tmp_path, asked)
+    assert findings.look == 3 and findings.level < 0.05
+    assert "Look at 3 seeds of those planned (3, 5), at level 0.0" in findings_markdown(findings)
+    early = analyze(asked, run_study(three_arms(seeds=(0, 1)), tmp_path / "early", train=StubTrainer()))
+    assert all(item.verdict is Verdict.NOT_RESOLVED for item in early.comparisons)
+    assert "No look yet: the first is at 3 seeds of every arm (3, 5)." in findings_markdown(early)
