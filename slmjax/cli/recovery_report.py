@@ -43,7 +43,8 @@ def recovery_command(argv: Sequence[str]) -> int:
 
 def _reports(ablation: Any) -> list[Any]:
     """Report on each study that has a recovery, after measuring finished members not measured before."""
-    from slmjax.studies import measure, read_members, report_recovery
+    from slmjax.studies import TuningUnfinished, measure, read_members, report_recovery, tune
+    from slmjax.studies.ablation import matched_study
 
     studies = [study for study in ablation.studies if study.recovery is not None]
     if not studies:
@@ -54,11 +55,18 @@ def _reports(ablation: Any) -> list[Any]:
     reports = []
     for study in studies:
         directory = ablation.directory_of(study)
-        members = read_members(study, directory)
+        # As it was run: arms made equal, and at the rates that were chosen for them.
+        study, _ = matched_study(study, directory)
+        try:
+            study, tuned = tune(study, directory, run=read_members)
+            members = read_members(study, directory)
+        except TuningUnfinished:
+            tuned = ()
+            members = ()
         if not members:
             raise ValueError(
                 f"{directory} has no member of the study {study.name}: run it first, with slmjax ablate "
                 f"{ablation.file} --directory {ablation.directory}"
             )
-        reports.append(report_recovery(study, members, measure(study, members, directory)))
+        reports.append(report_recovery(study, members, measure(study, members, directory), tuned=tuned))
     return reports

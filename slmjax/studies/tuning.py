@@ -92,7 +92,10 @@ class Tuned:
 
 # The sweep --------------------------------------------------------------------------------------------------
 def tune(
-    study: Study, directory: str | Path, *, run: Callable[..., tuple[Member, ...]] = run_study
+    study: Study,
+    directory: str | Path,
+    *,
+    run: Callable[..., tuple[Member, ...]] = run_study,
 ) -> tuple[Study, tuple[Tuned, ...]]:
     """Sweep the learning rate of every trained arm, and return the study with each arm at its best one.
 
@@ -108,8 +111,7 @@ def tune(
     """
     if study.tune is None:
         return study, ()
-    sweep = tuning_study(study)
-    members = run(sweep, Path(directory) / TUNING)
+    members = run(tuning_study(study), Path(directory) / TUNING)
     tuned = choose_rates(study, members)
     return at_rates(study, tuned), tuned
 

@@ -26,6 +26,7 @@ from slmjax.studies.tuning import (
     tuning_study,
     unresolved_arms,
 )
+from slmjax.training.experiment import Experiment, FromModel
 from tests.studies.stub import StubTrainer, experiment
 
 GRID = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -197,3 +198,33 @@ def test_runs_that_other_workers_train_are_waited_for(tmp_path: Path) -> None:
 def test_grids_that_choose_nothing(changes: dict[str, tuple[float, ...]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LearningRates(**changes)
+
+
+def test_arms_that_build_on_others_bring_them_into_the_sweep() -> None:
+    """Sources are trained with the tuning seeds too, at their own rates; a single run for all seeds stays."""
+
+    def after(seed: int, run: Path) -> Experiment:
+        return dataclasses.replace(experiment(1e-3), init=FromModel(path=str(run)))
+
+    def built_on(seeds: tuple[int, ...]) -> Study:
+        source = Study(
+            name="first", base=experiment(5e-3), arms=(Arm(name="full"),), seeds=seeds, baseline="full"
+        )
+        arms = (
+            Arm(name="full", after=("first", "full"), experiment=after),
+            Arm(name="then", after="full", experiment=after),
+        )
+        return study(arms=arms, baseline="full", earlier=(source,))
+
+    swept = tuning_study(built_on((0, 1)))
+    names = [arm.name for arm in swept.arms]
+    assert names[:2] == ["first: full", "full"]
+    assert swept.earlier == ()
+    assert swept.source("full at 0.001", SEEDS[0]) == (swept, "first: full", SEEDS[0])
+    assert swept.source("then at 0.001", SEEDS[0]) == (swept, "full", SEEDS[0])
+    assert swept.experiment("first: full", SEEDS[0]).optim.lr == 5e-3
+    assert swept.experiment("full", SEEDS[0]).optim.lr == 1e-3
+    teacher = built_on((0,))
+    swept = tuning_study(teacher)
+    assert swept.earlier == teacher.earlier
+    assert swept.source("full at 0.001", SEEDS[0]) == (teacher.earlier[0], "full", 0)
