@@ -55,6 +55,17 @@ def test_a_gradient_costs_twice_the_forward_pass_more() -> None:
     assert flops.count(jax.grad(loss, argnums=(0, 1)), shape(5, 7), shape(3, 5)) == 3 * 2 * 3 * 5 * 7
 
 
+def test_grouped_products_cost_as_much_in_the_gradient() -> None:
+    """Rows times transposed matrices, and sums of outer products by group, are counted by their own dims."""
+    sizes = jnp.zeros(3, jnp.int32)
+
+    def loss(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(jax.lax.ragged_dot(x, w, sizes)))
+
+    once = 2 * 6 * 5 * 7
+    assert flops.count(jax.grad(loss, argnums=(0, 1)), shape(6, 5), shape(3, 5, 7)) == 3 * once
+
+
 def test_a_window_is_linear_and_full_attention_quadratic() -> None:
     def attention(length: int, window: int | None) -> float:
         marks = jnp.zeros((1, length), jnp.int32)
