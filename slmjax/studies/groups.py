@@ -53,7 +53,10 @@ def tasks_together(queue: MemberQueue, first: Task, *, populations: Populations)
     def shares(arm: Arm | Derived, seed: int) -> bool:
         if isinstance(arm, Derived) or arm.after is not None:
             return False
-        return share_a_program(experiment, member_experiment(study, arm.name, seed))
+        try:
+            return share_a_program(experiment, member_experiment(study, arm.name, seed))
+        except ValueError:  # settings that do not fit each other, which its own training will name
+            return False
 
     others = [
         member_experiment(study, arm.name, seed)
@@ -78,7 +81,12 @@ def _pays(members: list[Experiment]) -> bool:
     flops = describe(model).training_flops_per_token * first.data.batch_size * first.data.sequence_length
     if any(flops >= earlier for earlier in _not_worth_it):
         return False
-    pace = population_pays(members)
+    try:
+        pace = population_pays(members)
+    # What is wrong with a member is recorded of it, when it is trained.
+    except Exception as error:
+        log.warning("members are trained one after another, their pace cannot be measured: %s", error)
+        return False
     log.info("%s", pace.text())
     if not pace.pays:
         _not_worth_it.append(flops)

@@ -39,6 +39,8 @@ class Stubs:
 
     def population_pays(self, members: list[Experiment]) -> Pace:
         self.measured.append(len(members))
+        if self.error is not None:
+            raise self.error
         return Pace(num_members=len(members), seconds_in_turn=1.0, seconds_together=0.4 if self.pays else 2.0)
 
 
@@ -112,6 +114,8 @@ def test_members_of_a_failed_population_are_trained_alone(stubs: Stubs, tmp_path
     stubs.error = MemoryError("too many")
     assert run(tmp_path, Populations.ALWAYS) == ORDER
     assert len(stubs.populations) == 1 and len(stubs.alone.asked) == 9
+    run(tmp_path / "unmeasured", Populations.AUTO)
+    assert len(stubs.populations) == 1 and len(stubs.alone.asked) == 18
 
 
 def test_an_interrupted_population_is_resumed(stubs: Stubs, tmp_path: Path) -> None:
