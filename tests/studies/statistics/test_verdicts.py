@@ -14,7 +14,7 @@ from statsmodels.stats.weightstats import ttost_paired
 from slmjax.studies.statistics.power import seeds_needed
 from slmjax.studies.statistics.results_table import Rules, Table, VarianceRule
 from slmjax.studies.statistics.samples import holm, holm_with_equality
-from slmjax.studies.statistics.verdicts import Judgement, Verdict, judge
+from slmjax.studies.statistics.verdicts import Judgement, Verdict, assess, judge
 from tests.studies.statistics.tables import against_first, table
 
 # Three arms and three seeds without a pattern; b is 3 above a.
@@ -131,7 +131,7 @@ def test_more_seeds_are_needed_for_smaller_differences() -> None:
 CELL = st.sampled_from(["value", "value", "value", "missing", "diverged"])
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=25)
 @given(
     st.lists(CELL, min_size=20, max_size=20),
     st.integers(0, 1000),
@@ -147,23 +147,24 @@ def test_any_table_is_judged(
     values[np.reshape([cell != "value" for cell in cells], (4, 5))] = np.nan
     results = Table(arms=("a", "b", "c", "d"), seeds=(0, 1, 2, 3, 4), values=values, diverged=is_diverged)
     rules = Rules(looks=looks, equal_within=equal_within)
-    judged = judge(results, against_first(4), rules)
-    turned = judge(results, [(second, first) for first, second in against_first(4)], rules)
+    judged = assess(results, against_first(4), rules)
+    turned = assess(results, [(second, first) for first, second in against_first(4)], rules)
     margin = None if equal_within is None else 16 * equal_within
-    scaled = judge(
+    scaled = assess(
         dataclasses.replace(results, values=16 * values),
         against_first(4),
         dataclasses.replace(rules, equal_within=margin),
     )
     opposite = {"better": "worse", "worse": "better"}
-    for first, second, third in zip(judged.comparisons, turned.comparisons, scaled.comparisons, strict=True):
-        assert (first is None) == (second is None) == (third is None)
-        if first is None or second is None or third is None:
-            continue
-        assert second.verdict.value == opposite.get(first.verdict.value, first.verdict.value)
-        assert second.difference == -first.difference and third.difference == 16 * first.difference
-        assert third.verdict is first.verdict and third.adjusted_p == pytest.approx(first.adjusted_p)
-        assert math.isfinite(first.interval[0]) and 0 <= first.p_value <= 1 and first.adjusted_p <= 1
+    for i, verdict in enumerate(judged.verdicts):
+        assert turned.verdicts[i].value == opposite.get(verdict.value, verdict.value)
+        assert scaled.verdicts[i] is verdict
+        assert scaled.adjusted[i] == pytest.approx(judged.adjusted[i])
+        assert 0 <= judged.p_values[i] <= judged.adjusted[i] <= 1 or looks
+        first = judged.estimates[i]
+        second = turned.estimates[i]
+        assert (first is None) == (second is None) == (scaled.estimates[i] is None)
+        assert first is None or second is None or second.mean == -first.mean
 
 
 # Divergence -------------------------------------------------------------------------------------------------
@@ -191,13 +192,15 @@ def test_losing_a_seed_is_no_help_to_an_arm(seed: int) -> None:
     values = draws.normal(size=(3, 5)) - [[0.0], [draws.uniform(0, 4)], [0.0]]
     worst = int(values[1].argmax())
     pairs = against_first(3)
-    lost = judge(table(values, diverged=[(1, worst)]), pairs, Rules()).comparisons[0]
-    left_out = judge(table(np.delete(values, worst, axis=1)), pairs, Rules()).comparisons[0]
-    assert lost is not None and left_out is not None and lost.imputed == (worst,)
+    lost = assess(table(values, diverged=[(1, worst)]), pairs, Rules())
+    left_out = assess(table(np.delete(values, worst, axis=1)), pairs, Rules())
+    estimates = [assessed.estimates[0] for assessed in (lost, left_out)]
+    assert estimates[0] is not None and estimates[1] is not None
+    assert estimates[0].values.imputed == (worst,)
     # The arm has lost its worst value, and stands no better than without that seed.
-    assert lost.difference >= min(0.8 * left_out.difference, 0.0)
-    if lost.verdict is Verdict.BETTER:
-        assert left_out.verdict is Verdict.BETTER
+    assert estimates[0].mean >= min(0.8 * estimates[1].mean, 0.0)
+    if lost.verdicts[0] is Verdict.BETTER:
+        assert left_out.verdicts[0] is Verdict.BETTER
 
 
 # Equality ---------------------------------------------------------------------------------------------------
