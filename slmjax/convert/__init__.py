@@ -12,6 +12,7 @@ Files in reading order:
 - hf: keys and tensor names of Hugging Face models
 - gguf: GGUF files
 - families: one file for each family, its configuration and its tensors
+- folding.py: multipliers as part of weights
 - source.py: a foreign model, whatever its format
 - hf_directory.py: Hugging Face directories
 - gguf_model.py: a model in a GGUF file

@@ -28,7 +28,7 @@ from slmjax.convert.gguf.container import GgufFile, PendingTensor, num_bytes, re
 from slmjax.convert.gguf.stripped_spaces import name_notes, stripping_tokens
 from slmjax.convert.gguf.tensor_codes import blocks_of, container_of
 from slmjax.convert.gguf.tokenizer import tokenizer_from_gguf, tokenizer_metadata
-from slmjax.convert.source import ForeignModel, Written, choose_family, code_notes
+from slmjax.convert.source import ForeignModel, Written, choose_export, code_notes
 from slmjax.data import conventions
 from slmjax.data.conventions import Conventions, SpecialToken
 from slmjax.data.shards import file_sha256
@@ -208,8 +208,8 @@ def write_model(
     """
     if out.exists():
         raise ValueError(f"{out} exists already: choose another name, or delete it first")
-    export = choose_family(
-        local_model.config,
+    export, local_model = choose_export(
+        local_model,
         GGUF_FAMILIES,
         format_name="GGUF",
         preferred=GGUF_NAMES.get(local_model.family or "", local_model.family),

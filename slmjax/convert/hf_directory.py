@@ -27,7 +27,7 @@ from slmjax.convert.family import (
     missing_and_extra,
     read_settings,
 )
-from slmjax.convert.source import FamilyExport, ForeignModel, choose_family
+from slmjax.convert.source import FamilyExport, ForeignModel, choose_export
 from slmjax.data.shards import file_sha256
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.stored_json import read_object
@@ -195,8 +195,8 @@ def write_directory(
     Raises:
       ValueError: no family can represent it.
     """
-    export = choose_family(
-        local_model.config,
+    export, local_model = choose_export(
+        local_model,
         HF_FAMILIES,
         format_name="Hugging Face",
         preferred=HF_NAMES.get(local_model.family or "", local_model.family),

@@ -9,9 +9,11 @@ import numpy as np
 
 from slmjax.checkpoints.stored_model import LocalModel
 from slmjax.convert.family import BoundRule, Family, Inexpressible, bind
+from slmjax.convert.folding import folded
 from slmjax.data.tokenizers import Tokenizer
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.canonical_form import canonical, differences
+from slmjax.models.parameterization import Parameterization
 from slmjax.stored_json import read_object
 
 
@@ -85,6 +87,46 @@ class FamilyExport:
     config: ModelConfig  # in canonical form
     settings: dict[str, Any]  # keys of the family's configuration
     rules: list[BoundRule]  # for its tensors
+
+
+def choose_export(
+    local_model: LocalModel,
+    families: Sequence[Family],
+    *,
+    format_name: str,
+    preferred: str | None,
+    tolerance: float = 0.0,
+) -> tuple[FamilyExport, LocalModel]:
+    """Return the first family that represents a model exactly, and the model as it is written.
+
+    If no family has fields for the multipliers of its parameterization, these become part of its weights.
+
+    Args:
+      local_model: the model.
+      families: in order of preference.
+      format_name: name of the format, for messages.
+      preferred: the architecture to try first.
+      tolerance: relative, of numbers that are read back, if the format rounds them.
+
+    Raises:
+      ValueError: there is none, or a weight that would have to be multiplied is quantized.
+    """
+
+    def choose(model: ModelConfig) -> FamilyExport:
+        return choose_family(
+            model, families, format_name=format_name, preferred=preferred, tolerance=tolerance
+        )
+
+    if local_model.config.parameterization is Parameterization.STANDARD:
+        return choose(local_model.config), local_model
+    try:
+        return choose(local_model.config), local_model
+    except ValueError as error:
+        plain = folded(local_model)
+        try:
+            return choose(plain.config), plain
+        except ValueError as other:
+            raise other from error
 
 
 def choose_family(

@@ -20,8 +20,9 @@ import dataclasses
 from pathlib import Path
 
 from slmjax.checkpoints import loading
-from slmjax.checkpoints.stored_model import open_local_model
+from slmjax.checkpoints.stored_model import LocalModel, open_local_model
 from slmjax.convert.family import BoundRule, bind
+from slmjax.convert.folding import folded
 from slmjax.convert.gguf import llama_cpp
 from slmjax.convert.gguf.container import GgufFile, read_gguf
 from slmjax.convert.gguf_model import EXTRA_TENSORS, TOLERANCE, family_and_config
@@ -39,7 +40,9 @@ from slmjax.convert.verify.tokenizer_check import TokenizerCheck, compare_ids, c
 from slmjax.data.config import DataConfig
 from slmjax.data.provenance import ChangedData
 from slmjax.formats.spec import QuantSpec
+from slmjax.models.architecture import ModelConfig
 from slmjax.models.canonical_form import canonical, differences
+from slmjax.models.parameterization import Parameterization
 
 DEFAULT_TOKENS = 512
 DEFAULT_WINDOW = 64
@@ -121,8 +124,9 @@ def verify_export(
     # The step that was found, since a run in progress may have a newer one by now.
     loaded = loading.load_model(run, step=local_model.step)
     windows = text_windows(loaded, data, max_tokens=max_tokens, length=window, changed_data=changed_data)
-    config = canonical(local_model.config)
     family, file_config = family_and_config(file, content)
+    local_model = _as_written(local_model, file_config)
+    config = canonical(local_model.config)
     # The file's own architecture decides the names; what they must contain is the trained model's.
     rules = bind(family.tensor_map_for(config), config)
     known = {rule.theirs[0] for rule in rules} | {f"{name}.weight" for name in EXTRA_TENSORS}
@@ -152,6 +156,17 @@ def verify_export(
         loss=loss,
         tokenizer=tokenizer,
     )
+
+
+def _as_written(local_model: LocalModel, file_config: ModelConfig) -> LocalModel:
+    """Return the model with its multipliers in its weights, if the file has it in this form."""
+    if local_model.config.parameterization is Parameterization.STANDARD:
+        return local_model
+    theirs = canonical(file_config)
+    if not differences(canonical(local_model.config), theirs, tolerance=TOLERANCE):
+        return local_model
+    plain = folded(local_model)
+    return local_model if differences(canonical(plain.config), theirs, tolerance=TOLERANCE) else plain
 
 
 def _input_specs(rules: list[BoundRule], content: GgufFile) -> dict[str, QuantSpec]:
