@@ -10,11 +10,13 @@ import pytest
 
 from slmjax.checkpoints.loading import load_model, read_config
 from slmjax.checkpoints.model_file import write_model_file
+from slmjax.checkpoints.safetensors_files import StoredFormat
 from slmjax.checkpoints.stored_model import LocalModel, open_local_model
 from slmjax.convert.families import GGUF_FAMILIES, HF_FAMILIES
 from slmjax.convert.folding import folded
 from slmjax.convert.import_export import Target, export_model, import_model
 from slmjax.convert.source import choose_export
+from slmjax.formats.presets import preset
 from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig, NormPlacement
 from slmjax.models.canonical_form import canonical
 from slmjax.models.decoder import logits
@@ -125,6 +127,6 @@ def test_family_with_multipliers(tmp_path):
 def test_quantized_weights_are_refused(tmp_path):
     local = open_local_model(scaled_directory(tmp_path, "qwen3"))
     name = "layers/0/ffn/down/weight"
-    quantized = dataclasses.replace(local, formats={name: None})
+    quantized = dataclasses.replace(local, formats={name: StoredFormat(spec=preset("q8_0"), axis=0)})
     with pytest.raises(ValueError, match=f"{name} is quantized, so that the multiplier 0.5 of parameteriz"):
         folded(quantized)
