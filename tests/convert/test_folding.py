@@ -128,5 +128,5 @@ def test_quantized_weights_are_refused(tmp_path):
     local = open_local_model(scaled_directory(tmp_path, "qwen3"))
     name = "layers/0/ffn/down/weight"
     quantized = dataclasses.replace(local, formats={name: StoredFormat(spec=preset("q8_0"), axis=0)})
-    with pytest.raises(ValueError, match=f"{name} is quantized, so that the multiplier 0.5 of parameteriz"):
+    with pytest.raises(ValueError, match=f"{name} is quantized, so that the multiplier 0.25 of parameteriz"):
         folded(quantized)
