@@ -139,7 +139,14 @@ def test_recomputation_and_accumulation_are_no_training() -> None:
     assert training_flops(split, vocab_size=VOCAB_SIZE) == flops
 
 
-@pytest.mark.parametrize("model", [zoo.slm_124m(), zoo.qwen3_0_6b(), zoo.gemma3_270m()])
+@pytest.mark.parametrize(
+    "model",
+    [
+        zoo.slm_124m(),
+        pytest.param(zoo.qwen3_0_6b(), marks=pytest.mark.nightly),
+        pytest.param(zoo.gemma3_270m(), marks=pytest.mark.nightly),
+    ],
+)
 def test_real_architectures_by_shapes_alone(model: ModelConfig) -> None:
     base = tiny.experiment()
     length = 256
