@@ -45,9 +45,11 @@ def test_each_arm_has_one_line_whatever_is_repeated(tmp_path: Path) -> None:
     assert record_noise(ledger, findings, members) == 3
     expected = expected_deviation(ledger, metric="bits_per_byte", parameters=1, tokens=1_000_000)
     assert expected is not None and findings.noise.deviation is not None
-    assert expected.deviation == pytest.approx(
-        math.sqrt(np.mean([findings.noise.own[arm.arm] ** 2 for arm in findings.arms]))
-    )
+    usual = [record for record in read_ledger(ledger) if not record.noisy]
+    degrees = [record.degrees_of_freedom for record in usual]
+    variance = np.average([record.deviation**2 for record in usual], weights=degrees)
+    assert expected.deviation == pytest.approx(math.sqrt(variance))
+    assert expected.degrees_of_freedom == pytest.approx(sum(degrees))
     assert expected.is_near and expected.studies == ("pace",) and "from 1 study" in expected.text
 
 
