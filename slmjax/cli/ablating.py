@@ -35,6 +35,8 @@ def ablate_command(argv: Sequence[str]) -> int:
         study: Annotated[str, *positional("STUDY.py|STUDY_DIR")]
         # train nothing: print every run with its cost, and the differences that the study can resolve
         plan: bool = False
+        # with --plan: compile the step of each arm, and time a few steps on this device
+        measure: bool = True
         # size of the study, passed to `def study(size)` (none: small)
         budget: Size | None = None
         # number of seeds (none: those of the file, or as many as STUDY_DIR had last); those of the file come
@@ -84,13 +86,12 @@ def _ablate(args: Any, signals: StopSignals) -> int:
         _run(args, ablation, outcomes)
     except (RuntimeError, Stopped) as stopped:
         from slmjax.studies.running import Interrupted
+        from slmjax.studies.tuning import TuningUnfinished
 
         # All that ended is recorded: the study can be resumed from any point.
-        if not isinstance(stopped, Interrupted | Stopped):
+        if not isinstance(stopped, Interrupted | TuningUnfinished | Stopped):
             raise
-        print_stderr(
-            f"{stopped}\nresume with: {command}" if isinstance(stopped, Interrupted) else str(stopped)
-        )
+        print_stderr(str(stopped) if isinstance(stopped, Stopped) else f"{stopped}\nresume with: {command}")
         if args.json:
             print_json(_summary(ablation, outcomes, status="interrupted", command=command))
         return INTERRUPTED_STATUS
@@ -144,23 +145,15 @@ def _print(outcome: Any) -> None:
 
 
 def _plan(args: Any, ablation: Any) -> int:
-    """Print what the studies would train."""
-    from slmjax.studies.study import member_experiment
+    """Print what the studies would train, what that takes, and what they can find."""
+    from slmjax.studies.ablation import plan_ablation
 
-    plans = {}
-    for study in ablation.studies:
-        arms = {}
-        for arm in study.arms:
-            experiment = member_experiment(study, arm.name, study.seeds[0])
-            arms[arm.name] = {"seeds": study.seeds, "steps": experiment.run.steps}
-        plans[study.name] = arms
+    plans = plan_ablation(ablation, measured=args.measure)
     if args.json:
-        print_json({"directory": str(ablation.directory), "studies": plans})
+        studies = [dataclasses.asdict(plan) for plan in plans]
+        print_json({"status": "planned", "directory": str(ablation.directory), "studies": studies})
         return 0
-    for name, arms in plans.items():
-        print(f"{name}:")
-        for arm, about in arms.items():
-            print(f"  {arm}: {about['steps']} steps, seeds {', '.join(map(str, about['seeds']))}")
+    print("\n\n".join(plan.text for plan in plans))
     return 0
 
 

@@ -10,6 +10,7 @@ without the others.
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,10 +22,12 @@ from slmjax.studies.arms import Derived
 from slmjax.studies.findings import Findings, analyze, write_findings
 from slmjax.studies.matching import Matched, at_matched, match_arms
 from slmjax.studies.noise import ledger_of, record_noise
+from slmjax.studies.plan import StudyPlan, plan_study
 from slmjax.studies.recovery import RecoveryReport, measure, report_recovery
 from slmjax.studies.recovery_layout import write_recovery
-from slmjax.studies.report import write_study_report
+from slmjax.studies.report import write_study_report, write_tuned
 from slmjax.studies.running import run_study
+from slmjax.studies.statistics.verdicts import Verdict
 from slmjax.studies.study import FAILED, Member, OnChange, Study, read_members
 from slmjax.studies.study_directory import (
     PLAN,
@@ -35,7 +38,8 @@ from slmjax.studies.study_directory import (
     with_num_seeds,
     with_seeds,
 )
-from slmjax.telemetry.run_directory import write_json
+from slmjax.studies.tuning import Tuned, tune, unresolved_arms
+from slmjax.telemetry.run_directory import plain, write_json
 
 log = logging.getLogger(__name__)
 
@@ -196,13 +200,21 @@ def run_ablation(
             options |= {"worker": True, "wait": wait or study.name in built_on}
         if only:
             options["only"] = needed[study.name]
+        tuned: tuple[Tuned, ...] = ()
+        if study.tune is not None:
+            # The members of the study begin when all rates are known.
+            sweep = {name: value for name, value in options.items() if name != "only"}
+            sweep |= {"wait": True} if worker else {}
+            study, tuned = tune(study, directory.path, run=functools.partial(run, **sweep))
+            ready[study.name] = study
+            write_tuned(directory.path, tuned)
         members = run(study, directory.path, **options)
         ledger = ledger_of(ablation.directory)
-        outcome = conclude(study, members, directory, ledger=ledger)
+        outcome = conclude(study, members, directory, tuned=tuned, ledger=ledger)
         # Another worker may have ended a member, and written its findings before these.
         while len(newer := read_members(study, directory.path, on_change=directory.on_change)) > len(members):
             members = newer
-            outcome = conclude(study, members, directory, ledger=ledger)
+            outcome = conclude(study, members, directory, tuned=tuned, ledger=ledger)
         yield outcome
 
 
@@ -228,11 +240,45 @@ def fix_studies(
         path = ablation.directory_of(asked)
         study, matched = matched_study(asked, path)
         directory = StudyDirectory.create(
-            path, study, size=ablation.size, asked=asked, matched=matched, on_change=on_change
+            path,
+            study,
+            size=ablation.size,
+            asked=asked,
+            matched=matched,
+            plan=functools.partial(_plan_before, study, ledger_of(ablation.directory)),
+            on_change=on_change,
         )
         fixed[asked.name] = (study, directory)
     copy_study(ablation.file, ablation.directory)
     return tuple(fixed.values())
+
+
+def _plan_before(study: Study, ledger: Path) -> dict[str, Any] | None:
+    """Return the costs and the power of a study for its plan.json; None if they cannot be told."""
+    try:
+        return plain(dataclasses.asdict(plan_study(study, ledger=ledger)))
+    except ValueError as error:
+        # The member of an arm that cannot be trained fails, and says so; the others are trained.
+        log.warning("costs and power of the study %s are not known: %s", study.name, error)
+        return None
+
+
+def plan_ablation(ablation: Ablation, *, measured: bool = True) -> tuple[StudyPlan, ...]:
+    """Return the plan of each study, with its arms matched. Nothing is written or trained.
+
+    Args:
+      ablation: what would be run.
+      measured: whether to compile the step of each arm and to time a few steps on this device.
+
+    Raises:
+      ValueError: the experiment of an arm is invalid, or arms cannot be matched.
+    """
+    plans = []
+    for asked in ablation.studies:
+        study, matched = matched_study(asked, ablation.directory_of(asked))
+        ledger = ledger_of(ablation.directory)
+        plans.append(plan_study(study, measure=measured, matched=matched, ledger=ledger))
+    return tuple(plans)
 
 
 def matched_study(study: Study, directory: Path) -> tuple[Study, tuple[Matched, ...]]:
@@ -261,7 +307,12 @@ def _needed_arms(studies: Sequence[Study], only: Sequence[str]) -> dict[str, lis
 
 
 def conclude(
-    study: Study, members: Sequence[Member], directory: StudyDirectory, *, ledger: Path | None = None
+    study: Study,
+    members: Sequence[Member],
+    directory: StudyDirectory,
+    *,
+    tuned: Sequence[Tuned] = (),
+    ledger: Path | None = None,
 ) -> Outcome:
     """Analyze the members of a study that ended, and write its findings and its reports.
 
@@ -269,16 +320,17 @@ def conclude(
       study: as it was run.
       members: that ended.
       directory: of the study.
+      tuned: the learning rates of its arms, if they were tuned.
       ledger: of the noise of runs, for the plans of later studies (none: it is not recorded).
     """
     changes = [change.text for change in directory.changes_since_lock()]
-    findings = analyze(study, members, changes=changes)
+    findings = _without_unresolved(analyze(study, members, changes=changes), study, tuned)
     write_findings(findings, directory.path)
     if ledger is not None:
         record_noise(ledger, findings, members)
     recovery = None
     if study.recovery is not None:
-        recovery = report_recovery(study, members, measure(study, members, directory.path))
+        recovery = report_recovery(study, members, measure(study, members, directory.path), tuned=tuned)
         write_recovery([recovery], directory.path)
     return Outcome(
         study=study,
@@ -288,3 +340,20 @@ def conclude(
         recovery=recovery,
         report=write_study_report(directory.path, findings),
     )
+
+
+def _without_unresolved(findings: Findings, study: Study, tuned: Sequence[Tuned]) -> Findings:
+    """Return findings without verdicts on arms whose best learning rate is not resolved."""
+    unresolved = unresolved_arms(study, tuned)
+    comparisons = tuple(
+        dataclasses.replace(
+            comparison,
+            judgement=dataclasses.replace(comparison.judgement, verdict=Verdict.NOT_RESOLVED),
+        )
+        if comparison.judgement is not None and {comparison.arm, comparison.against} & {*unresolved}
+        else comparison
+        for comparison in findings.comparisons
+    )
+    # An arm that is not at its best may lose because of its rate alone.
+    notes = [f"{choice.arm}: {note}" for choice in tuned for note in choice.notes()]
+    return dataclasses.replace(findings, comparisons=comparisons, notes=(*findings.notes, *notes))

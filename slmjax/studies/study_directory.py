@@ -22,7 +22,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +246,7 @@ class StudyDirectory:
         size: str = "small",
         asked: Study | None = None,
         matched: Sequence[Matched] = (),
+        plan: Callable[[], Any] | None = None,
         on_change: OnChange = OnChange.REFUSE,
     ) -> "StudyDirectory":
         """Fix a study in a directory before its first run; of a study that is fixed already, record changes.
@@ -258,6 +259,7 @@ class StudyDirectory:
           size: that its file was asked for.
           asked: as it was before its arms were matched (none: it is that).
           matched: the choices of `match_arms`, which hold as long as `asked` is the same.
+          plan: makes the entry "plan" of plan.json, such as costs and power; called if there is no such file.
           on_change: handling of members whose experiment has changed.
 
         Raises:
@@ -278,6 +280,8 @@ class StudyDirectory:
             **origin,
             **state,
         }
+        if plan is not None and not (directory.path / PLAN).is_file():
+            lock["plan"] = plan()
         if not _create(directory.path / PLAN, json.dumps(plain(lock), indent=2) + "\n"):
             directory._record_change(study, {**state, **origin}, on_change)
         return directory

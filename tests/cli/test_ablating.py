@@ -9,11 +9,17 @@ from pathlib import Path
 import pytest
 
 from slmjax import cli
-from slmjax.studies import read_findings, running
+from slmjax.studies import Study, read_findings, running
 from slmjax.studies.claims import Claims, Lease
+from slmjax.studies.plan import StudyPlan, plan_study
 from slmjax.studies.running import run_study
 from slmjax.training.experiment import read_experiment
 from tests.studies.stub import StubTrainer
+
+
+def no_plan(study: Study, *, ledger: Path) -> StudyPlan:
+    raise ValueError("costs take time")
+
 
 Ablate = Callable[..., tuple[int, str, str]]
 
@@ -71,6 +77,8 @@ def ablate(
     monkeypatch.setattr(
         "slmjax.studies.ablation.write_study_report", lambda directory, findings: directory / "report.html"
     )
+
+    monkeypatch.setattr("slmjax.studies.ablation.plan_study", no_plan)
 
     def run(*argv: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
@@ -231,6 +239,59 @@ def test_a_source_that_failed(ablate: Ablate, stub: StubTrainer, tmp_path: Path)
     failed = json.loads(out)["studies"][2]["failed"]
     assert code == 1 and [(one["arm"], one["seed"]) for one in failed] == [("base", 1), ("again", 1)]
     assert failed[0]["error"] == "base is diverged with seed 1, so there is no run to build on"
+
+
+TUNED = """
+from slmjax.studies import LearningRates
+from tests.studies.stub import study as pace
+
+
+def study():
+    return pace(name="tuned", tune=LearningRates(rates=(5e-4, 1e-3, 2e-3), seeds=(50,)))
+"""
+
+
+def test_arms_at_their_own_best_rates(ablate: Ablate, stub: StubTrainer, tmp_path: Path) -> None:
+    (tmp_path / "tuned.py").write_text(TUNED)
+    # The same values for all arms, with the minimum in the middle of the grid.
+    stub.bits = {(rate, 50): value for rate, value in ((5e-4, 1.6), (1e-3, 1.5), (2e-3, 1.6))}
+    code, out, err = ablate("tuned.py", "--seeds", "2")
+    rates = asked(stub)
+    assert code == 0 and len(rates) == 9 + 6 and {seed for _, seed in rates[:9]} == {50}
+    assert [lr for lr, _ in rates[9:]] == pytest.approx([1e-3] * 6)
+    assert "tuned, learning rates: member 1 of 9: slow at 0.0005, seed 50" in err
+    assert "third: learning rate 0.001, the best by a quadratic" in out
+    directory = tmp_path / "runs" / "studies" / "tuned"
+    assert {one["arm"] for one in json.loads((directory / "tuned.json").read_text())} == {
+        "slow",
+        "fast & loose",
+        "third",
+    }
+    assert ablate("runs/studies/tuned")[0] == 0 and asked(stub) == []
+
+
+def test_a_best_rate_at_the_edge_of_the_grid_resolves_nothing(
+    ablate: Ablate, stub: StubTrainer, tmp_path: Path
+) -> None:
+    (tmp_path / "tuned.py").write_text(TUNED)
+    # The stub's values rise with the rate, at this seed.
+    code, out, _ = ablate("tuned.py", "--seeds", "3", "--json")
+    findings = json.loads(out)["studies"][0]["findings"]
+    assert code == 0 and all(lr == 5e-4 for lr, _ in asked(stub)[9:])
+    assert {one["verdict"] for one in findings["comparisons"]} == {"not resolved"}
+    assert any("slow: its best learning rate is not resolved" in note for note in findings["notes"])
+
+
+def test_a_plan_trains_nothing_and_writes_nothing(
+    ablate: Ablate, stub: StubTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slmjax.studies.ablation.plan_study", plan_study)
+    code, out, _ = ablate("pace.py", "--plan", "--no-measure", "--seeds", "5")
+    assert code == 0 and not asked(stub) and not (tmp_path / "runs").exists()
+    assert "pace: Is fast better?" in out and "Power: 5 seeds, 3 comparisons: finds" in out
+    code, out, _ = ablate("pace.py", "--plan", "--no-measure", "--json")
+    (plan,) = json.loads(out)["studies"]
+    assert (plan["num_runs"], plan["power"]["seeds"], plan["power"]["is_assumed"]) == (9, 3, True)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from slmjax import config
 from slmjax.checkpoints.loading import load_model
-from slmjax.studies import member_experiment, recovered_fraction
+from slmjax.studies import LearningRates, member_experiment, recovered_fraction
 from slmjax.studies.ablation import Ablation, run_ablation
 from slmjax.studies.recovery import stored_size
 from slmjax.training import recipes
@@ -68,7 +68,7 @@ def test_fewer_bits_are_fewer_bytes(study: ModuleType) -> None:
 def test_the_study_from_end_to_end(
     study: ModuleType, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two formats, two seeds, and every kind of arm."""
+    """Two formats, two seeds, every kind of arm, each at its own best rate."""
     monkeypatch.setattr("slmjax.runner.trainer.write_page", lambda run: None)
     tiny = one_layer(workplace, tmp_path, steps=4, ema_decay=None)
     tiny = dataclasses.replace(tiny, eval=dataclasses.replace(tiny.eval, unrounded=True))
@@ -83,7 +83,8 @@ def test_the_study_from_end_to_end(
     }
     for name, value in changes.items():
         monkeypatch.setattr(study, name, value)
-    studies = (study.when((3, 4)), study.what((3, 4)))
+    rates = LearningRates(factors=(0.5, 1.0, 2.0))
+    studies = (study.when((3, 4)), study.what((3, 4), tune=rates))
     ablation = Ablation(file=FILE, size="small", studies=studies, directory=tmp_path)
     when, what = run_ablation(ablation)
     assert not [one.error for one in (*when.members, *what.members) if one.status != "finished"]
@@ -115,6 +116,9 @@ def test_the_study_from_end_to_end(
         "rounded with clip search, 1.58 bits",
     ]
     assert arms["QAT, 1.58 bits"]["unrounded"] is not None and arms["rounded, 1.58 bits"]["unrounded"] is None
+    chosen = {name: one["tuned"]["rate"] for name, one in arms.items() if one["tuned"] is not None}
+    assert len(chosen) == 6 and all(tiny.optim.lr / 4 <= rate <= tiny.optim.lr for rate in chosen.values())
+    assert member_experiment(what.study, "QAD, q4_0", 3).optim.lr == chosen["QAD, q4_0"]
     assert arms["QAT, q4_0"]["stored_bytes"] == arms["rounded, q4_0"]["stored_bytes"]
     # Another grid's numbers do not survive q4_0, though both have 4 bits, groups of 32 and float16 scales;
     # q4_0's own do.

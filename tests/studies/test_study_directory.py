@@ -201,6 +201,7 @@ def test_choices_of_matched_arms_hold_for_a_study_that_is_resumed(
     match = Match(quantity=Quantity.SECONDS, by=Dimension.STEPS)
     asked = study(matched=(match,))
     seconds = {1e-3: 1.0, 2e-3: 0.5}
+    monkeypatch.setattr("slmjax.studies.ablation._plan_before", lambda study, ledger: None)
     monkeypatch.setattr("slmjax.studies.matching.step_seconds", lambda one: seconds[one.optim.lr])
     ablation = Ablation(
         file=study_file(tmp_path, ""), size="small", studies=(asked,), directory=tmp_path / "s"
@@ -219,6 +220,7 @@ def test_choices_of_matched_arms_hold_for_a_study_that_is_resumed(
 # Opening ----------------------------------------------------------------------------------------------------
 def test_where_results_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("slmjax.studies.ablation._plan_before", lambda study, ledger: None)
     file = study_file(tmp_path, "def study(size):\n    return pace()\n", name="deep_or_wide.py")
     small, large = (open_ablation(file, size=size) for size in ("small", "large"))
     assert small.directory == Path("runs/studies/deep-or-wide") == small.directory_of(small.studies[0])
