@@ -7,9 +7,14 @@
 
 A recovery report compares quantization-aware training with the cost of rounding:
 
-    recovery = Recovery(study=study, reference="full precision", rounded={"QAT": "rounded"})
-    measurements = measure(recovery, members, "studies/...")
-    write_recovery([report_recovery(recovery, members, measurements)], "studies/...")
+    study = Study(..., recovery=Recovery(reference="full precision", rounded={"QAT": "rounded"}))
+    measurements = measure(study, members, "studies/...")
+    write_recovery([report_recovery(study, members, measurements)], "studies/...")
+
+A study file has `def study() -> Study`, and is run by `slmjax ablate`:
+
+    for outcome in run_ablation(open_ablation("width_study.py")):
+        outcome.findings
 
 Files in reading order:
 
@@ -40,6 +45,7 @@ Files in reading order:
 """
 
 from slmjax.quantization.ptq.round_to_nearest import Clip
+from slmjax.studies.ablation import Ablation, Outcome, open_ablation, plan_ablation, run_ablation
 from slmjax.studies.arms import Arm, Derivation, Derived
 from slmjax.studies.campaign import judge_campaign, read_campaign
 from slmjax.studies.claims import Lease
@@ -116,6 +122,11 @@ from slmjax.studies.tuning import (
 )
 
 __all__ = [
+    "Ablation",
+    "Outcome",
+    "open_ablation",
+    "plan_ablation",
+    "run_ablation",
     "Change",
     "StudyDirectory",
     "grid",

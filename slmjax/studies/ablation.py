@@ -254,7 +254,7 @@ def fix_studies(
 
 
 def _plan_before(study: Study, ledger: Path) -> dict[str, Any] | None:
-    """Return the costs and the power of a study for its plan.json; None if they cannot be told."""
+    """Return the costs and the power of a study for its plan.json; None if they cannot be computed."""
     try:
         return plain(dataclasses.asdict(plan_study(study, ledger=ledger)))
     except ValueError as error:

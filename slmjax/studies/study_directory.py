@@ -4,7 +4,7 @@
     directory = StudyDirectory.create("runs/studies/deep-or-wide", study)
     directory.changes_since_lock()                          # empty while the study is as it was fixed
 
-    DIRECTORY/study.py, experiment_modules/    the file, and the modules of its folder that it imports
+    DIRECTORY/study.py                         the file; experiment_modules/ has the modules of its folder
     DIRECTORY/plan.json                        what was fixed, with a hash; written once
     DIRECTORY/changes.jsonl                    a line for each later change: when, what, after which members
 

@@ -278,7 +278,7 @@ def test_a_best_rate_at_the_edge_of_the_grid_resolves_nothing(
     code, out, _ = ablate("tuned.py", "--seeds", "3", "--json")
     findings = json.loads(out)["studies"][0]["findings"]
     assert code == 0 and all(lr == 5e-4 for lr, _ in asked(stub)[9:])
-    assert {one["verdict"] for one in findings["comparisons"]} == {"not resolved"}
+    assert {one["judgement"]["verdict"] for one in findings["comparisons"]} == {"not resolved"}
     assert any("slow: its best learning rate is not resolved" in note for note in findings["notes"])
 
 
