@@ -28,7 +28,7 @@ class Reimported(Derivation):
 def test_arms_on_meshes_with_experts_and_from_imported_models(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slmjax.runner.trainer._write_page", lambda run: None)
+    monkeypatch.setattr("slmjax.runner.trainer.write_page", lambda run: None)
     base = one_layer(workplace, tmp_path, steps=2, ema_decay=None, accumulation_steps=2)
     changes = {"model.stack.0.pattern.0.mixer.window": None, "mesh": MeshConfig(fsdp=4, tensor=2)}
 
