@@ -20,6 +20,7 @@ Classes for experiment files come from three modules:
 Folders and files in reading order:
 
 - startup.py: settings that must be made before jax is imported
+- ownership.py: whether this process may still write to a run
 - stop_signals.py: SIGINT and SIGTERM end a command soon, and let a run save
 - stored_json.py: read JSON files that may be damaged
 - faults.py: the hook by which tests break a run at a known place

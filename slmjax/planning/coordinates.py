@@ -323,7 +323,7 @@ def _measured(
 
     def of_seed(key: Array, batches: Batch) -> dict[str, Array]:
         params, buffers = definition.init(key)
-        initial = activations(definition, params, buffers, first)
+        initial = captured_activations(definition, params, buffers, first)
 
         def step(carry: tuple[Params, Any], batch: Batch) -> tuple[Any, dict[str, Array]]:
             params, state = carry
@@ -331,7 +331,7 @@ def _measured(
             updates: Any
             updates, state = optimizer.update(grads, state, params)
             params = jax.tree.map(jnp.add, params, updates)
-            values = activations(definition, params, buffers, first)
+            values = captured_activations(definition, params, buffers, first)
             return (params, state), _root_mean_squares(values, initial, updates)
 
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -350,7 +350,7 @@ def _measured(
         }
 
 
-def activations(
+def captured_activations(
     definition: Definition, params: Params, buffers: Params, batch: Batch
 ) -> dict[str, Float[Array, "B T _"]]:
     """Return the captured activations of every layer, by logical path, and the logits."""

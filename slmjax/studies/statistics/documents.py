@@ -10,13 +10,10 @@ document, so that one knows whether another seed or more text would be worth buy
 
 Every seed is evaluated on the same documents, so that seeds and documents are crossed. With w the weight of a
 document (its bytes or tokens), y the difference of both arms' sums (of bits or nats), and R = sum(y) / sum(w)
-the difference of the metric, the parts of each seed and document
-
-    x = (y - R w) / mean(w)
-
-have a mean of R_s - R over the documents of seed s. Their two-way table has components of variance of seeds,
-of documents and of both together, a + b + c, which are estimated by mean squares. The mean difference has the
-variance a / S + b / D + c / (S D).
+the difference of the metric, the parts x = (y - R w) / mean(w) of each seed and document have a mean of
+R_s - R over the documents of seed s. Their two-way table has components of variance of seeds, of documents
+and of both together, a + b + c, which are estimated by mean squares. The mean difference has the variance
+a / S + b / D + c / (S D).
 
 S: seeds, D: documents.
 """
