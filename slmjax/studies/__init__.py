@@ -18,9 +18,9 @@ A study file has `def study() -> Study`, and is run by `slmjax ablate`:
 
 Files in reading order:
 
+- changes.py: changes of an experiment by field paths.
 - arms.py: trained and derived arms; derived.py makes the models of derived ones.
 - statistics/: samples, verdicts and power, on plain numbers.
-- changes.py: changes of an experiment by field paths.
 - design.py: budgets, quantities that are made equal, rates that are tuned.
 - costs.py: parameters, FLOPs and bytes of an arm.
 - claims.py: which process trains a member, on any host.

@@ -4,8 +4,10 @@
     directory = StudyDirectory.create("runs/studies/deep-or-wide", study)
     directory.changes_since_lock()                          # empty while the study is as it was fixed
 
-    DIRECTORY/study.py                         the file; experiment_modules/ has the modules of its folder
+Files of the directory, in addition to those of the members:
+
     DIRECTORY/plan.json                        what was fixed, with a hash; written once
+    DIRECTORY/study.py                         the file, and experiment_modules/, the modules of its folder
     DIRECTORY/changes.jsonl                    a line for each later change: when, what, after which members
 
 A file may ask several questions, or have studies that others build on: each has a directory of its own in

@@ -56,6 +56,7 @@ def test_arms_on_meshes_with_experts_and_from_imported_models(
     assert not outcome.failed and len(bits) == 4, outcome.members
     assert bits["imported"] == pytest.approx(bits["dense"], rel=1e-5)
     # Two more steps of a model that had two.
-    trained_on, dense = bits["trained on"], bits["dense"]
+    trained_on = bits["trained on"]
+    dense = bits["dense"]
     assert trained_on is not None and dense is not None and trained_on < dense
     assert outcome.findings.is_matched and len(outcome.findings.comparisons) == 3

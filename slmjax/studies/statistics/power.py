@@ -10,10 +10,10 @@ All deviations are of one pair's difference: for two arms of equal and independe
 deviation of one run. Under `VarianceRule.LARGER`, the variance is the larger of the pair's own and the pooled
 one, of which the pair is a part. With U the pair's own sum of squares, of n - 1 degrees of freedom, and W
 that of all other contrasts of the arms, of f - (n - 1) degrees of freedom, it is the larger of U / (n - 1)
-and (U + W) / f. U, W and the mean are independent if the noise is normal and equal for all arms, so that the power is an
-average over both, computed by a quadrature of their quantiles. One pair in ten has an arm that is set apart
-although it is as noisy as the others (`pool_noise`), and is judged by its own differences: the power is the
-weighted mean of both, within 2 % of that of verdicts (`benchmarks/verdicts.py`).
+and (U + W) / f. U, W and the mean are independent if the noise is normal and equal for all arms, so that the
+power is an average over both, computed by a quadrature of their quantiles. One pair in ten has an arm that is
+set apart although it is as noisy as the others (`pool_noise`), and is judged by its own differences: the
+power is the weighted mean of both, within 2 % of that of verdicts (`benchmarks/verdicts.py`).
 
 Q: nodes of the quadrature.
 """
