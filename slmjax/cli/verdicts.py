@@ -9,7 +9,7 @@ from slmjax.cli.options import parse, positional, print_json
 
 
 def verdict_command(argv: Sequence[str]) -> int:
-    """Judge which arm is better: runs of a CSV, JSON or W&B export, or run directories.
+    """Judge which arm is better, from a CSV, JSON or W&B export or from runs.
 
     slmjax verdict RESULTS ... --arm COLUMN --seed COLUMN --metric COLUMN --baseline NAME
     slmjax verdict --campaign DIR

@@ -105,9 +105,7 @@ def test_every_option_has_help(command, capsys, monkeypatch):
     """An option's text is more than its type and its default."""
     monkeypatch.setenv("COLUMNS", "100")  # one column of options
     shown = help_of(command, capsys)
-    assert shown.count("--") >= 2 and not options_without_help(shown), (
-        f"{options_without_help(shown)}\n{shown}"
-    )
+    assert "--" in shown and not options_without_help(shown), f"{options_without_help(shown)}\n{shown}"
 
 
 def options_without_help(shown):
