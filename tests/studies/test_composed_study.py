@@ -30,6 +30,8 @@ def test_arms_on_meshes_with_experts_and_from_imported_models(
 ) -> None:
     monkeypatch.setattr("slmjax.runner.trainer.write_page", lambda run: None)
     base = one_layer(workplace, tmp_path, steps=2, ema_decay=None, accumulation_steps=2)
+    # Two microbatches of eight devices.
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, batch_size=16))
     changes = {"model.stack.0.pattern.0.mixer.window": None, "mesh": MeshConfig(fsdp=4, tensor=2)}
 
     def continued(seed: int, run: Path) -> Experiment:
