@@ -20,6 +20,7 @@ from typing import Any
 
 from slmjax.studies.arms import Arm, Derived
 from slmjax.studies.costs import known_vocab_size
+from slmjax.studies.planned import planned_experiment
 from slmjax.studies.running import run_study
 from slmjax.studies.study import DIVERGED, FAILED, FINISHED, Member, Study
 from slmjax.training.experiment import Experiment
@@ -288,7 +289,9 @@ def _choose(study: Study, arm: str, runs: Mapping[float, Sequence[Any]]) -> Tune
         raise ValueError(f"{arm}: {error}") from None
     experiment = study.experiment(arm, study.tune.seeds[0])
     members = [member for of_rate in runs.values() for member in of_rate]
-    ceiling = _untrained(experiment, members, study.metric)
+    # Of an arm that builds on another run, the vocabulary is that run's.
+    with planned_experiment(study, arm, study.tune.seeds[0]) as planned:
+        ceiling = _untrained(planned, members, study.metric)
     if ceiling is None:
         finished = [each.value for each in tried if each.value is not None]
         ceiling = max(finished) if study.lower_is_better else min(finished)

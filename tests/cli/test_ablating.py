@@ -270,6 +270,25 @@ def test_arms_at_their_own_best_rates(ablate: Ablate, stub: StubTrainer, tmp_pat
     assert ablate("runs/studies/tuned")[0] == 0 and asked(stub) == []
 
 
+def test_arms_that_continue_runs_are_tuned(ablate: Ablate, stub: StubTrainer, tmp_path: Path) -> None:
+    """Their tokenizer is that of a run, and with the tuning seed there are runs of what they build on."""
+    text = BUILT_ON.replace(
+        "init=FromModel(path=str(run)))",
+        "init=FromModel(path=str(run)), tokenizer=FileTokenizer(path=str(run / 'tokenizer')))",
+    )
+    text = text.replace("import FromModel", "import FileTokenizer, FromModel").replace(
+        "earlier=(teacher, first)",
+        "earlier=(teacher, first), tune=LearningRates(factors=(0.5, 1, 2), seeds=(50,))",
+    )
+    text = text.replace("import Arm, Study", "import Arm, LearningRates, Study")
+    (tmp_path / "continued.py").write_text(text)
+    code, _, err = ablate("continued.py", "--json")
+    tuned = [key for key in asked(stub) if key[1] == 50]
+    assert code == 0, err
+    # The first study's base, that of the last, and three arms at three rates; the teacher has one seed.
+    assert len(tuned) == 2 + 9 and (1e-3, 50) in tuned and (9e-4, 50) not in tuned
+
+
 def test_a_best_rate_at_the_edge_of_the_grid_resolves_nothing(
     ablate: Ablate, stub: StubTrainer, tmp_path: Path
 ) -> None:
