@@ -3,14 +3,16 @@
     with_changes(experiment, {"optim.muon_lr": 0.02, "model.stack.0.repeats": 8})
     with_changes(experiment, {"model.stack.*.pattern.*.mixer.num_kv_heads": 2})    # *: of every element
 
-Paths are those of config.json and of the command line, with underscores.
+Paths and values are those of config.json and of the command line, with underscores: an enumerated value may
+be given by its name, such as "adamw".
 """
 
 import dataclasses
+import enum
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from slmjax.config import near_names
+from slmjax.config import from_json, near_names, to_json
 
 T = TypeVar("T")
 
@@ -23,14 +25,18 @@ def with_changes(experiment: T, changes: Mapping[str, Any]) -> T:
     Raises:
       ValueError: there is no such path, or a value that a config refuses; the message names the path.
     """
-    return _changed(experiment, changes, at="") if changes else experiment
+    if not changes:
+        return experiment
+    changed = _changed(experiment, changes, at="")
+    # As config.json is read: a value of another type is refused.
+    return from_json(type(experiment), to_json(changed))
 
 
 def _changed(value: Any, changes: Mapping[str, Any], *, at: str) -> Any:
     if "" in changes:
         if len(changes) > 1:
             raise ValueError(f"{at} is changed as a whole and in parts: leave out one of both")
-        return changes[""]
+        return _of_same_enum(changes[""], value, at=at)
     names = _names(value, at=at, asked=next(iter(changes)))
     by_name: dict[str, dict[str, Any]] = {}
     for path, new in changes.items():
@@ -52,6 +58,18 @@ def _changed(value: Any, changes: Mapping[str, Any], *, at: str) -> Any:
         return dataclasses.replace(value, **changed)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{at or 'the experiment'} with {', '.join(changed)} changed: {error}") from None
+
+
+def _of_same_enum(new: Any, value: Any, *, at: str) -> Any:
+    """Return the member of an enumeration that a name stands for, where the value is one; else `new`."""
+    if not isinstance(value, enum.Enum) or not isinstance(new, str):
+        return new
+    options = {member.value: member for member in type(value)}
+    if new not in options:
+        raise ValueError(
+            f"{at} is one of {', '.join(map(str, options))}, not {new!r}.{near_names(new, map(str, options))}"
+        )
+    return options[new]
 
 
 def _names(value: Any, *, at: str, asked: str) -> list[str]:

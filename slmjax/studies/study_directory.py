@@ -113,6 +113,10 @@ def _returned(path: Path, size: str) -> tuple[Study, ...]:
         for parameter in inspect.signature(build).parameters.values()
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
+    if not needed and size != SIZES[0]:
+        raise ValueError(
+            f"study() of {path} takes no size, so there is no {size} one: leave out --budget {size}"
+        )
     with errors_named(path):
         result: Any = build(size) if needed else build()
     studies = tuple(result) if isinstance(result, tuple | list) else (result,)

@@ -4,6 +4,7 @@ import pytest
 
 from slmjax.studies import Arm, Study, member_experiment
 from slmjax.studies.changes import with_changes
+from slmjax.training.optim import Optimizer
 from slmjax.training.recipes import nano
 
 
@@ -15,6 +16,7 @@ def test_values_by_path_and_by_star() -> None:
     assert changed.optim.lr == 3e-3 and changed.model.stack[0].repeats == 2
     assert {block.mixer.num_kv_heads for block in changed.model.blocks()} == {1}
     assert changed.optim.muon_lr == base.optim.muon_lr and with_changes(base, {}) is base
+    assert with_changes(base, {"optim.kind": "adamw"}).optim.kind is Optimizer.ADAMW
     # Each alone would be refused.
     longer = {"data.sequence_length": 4096, "model.context_length": 4096}
     assert with_changes(base, longer).data.sequence_length == 4096
@@ -27,6 +29,9 @@ def test_values_by_path_and_by_star() -> None:
         ({"model.stack.3.repeats": 1}, "model.stack.3"),
         ({"optim.lr.peak": 1.0}, "optim.lr is 0.02"),
         ({"optim.lr": -1.0}, "optim.lr is -1"),
+        ({"optim.lr": "1e-3"}, "optim with lr changed"),
+        ({"optim.kind": "adamww"}, "optim.kind is one of adamw, .*, not 'adamww'.*Did you mean 'adamw'"),
+        ({"run.steps": 2.5}, "run.steps: expected int|run with steps changed"),
         ({"optim": nano().optim, "optim.lr": 1.0}, "as a whole and in parts"),
     ],
 )

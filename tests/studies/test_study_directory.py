@@ -93,6 +93,9 @@ def test_several_studies_run_in_the_order_in_which_they_build_on_each_other(tmp_
     assert [each.name for each in load_studies(file)] == ["first", "last", "alone"]
     with pytest.raises(ValueError, match="has 2 studies .*: use load_studies"):
         load_study(file)
+    plain = study_file(tmp_path, "def study():\n    return pace()\n", name="plain.py")
+    with pytest.raises(ValueError, match="takes no size, so there is no large one: leave out --budget large"):
+        load_study(plain, size="large")
     with pytest.raises(ValueError, match="the size of a study is small or large, not 'huge'"):
         load_study(file, size="huge")
 
