@@ -16,12 +16,27 @@ from typing import Any
 from slmjax.studies.changes import with_changes
 from slmjax.training.experiment import Experiment
 
+LONGEST = 200  # characters of a directory's name; most file systems have 255 bytes
+# Endings of the files that lie beside the directories of arms.
+_FILES = frozenset((".json", ".jsonl", ".html", ".md", ".tex", ".csv", ".svg", ".png", ".py"))
+
 
 def directory_name(name: str) -> str:
-    """Convert an arm's name to a valid directory name. Raises ValueError if nothing of it is left."""
+    """Convert an arm's name to a valid directory name.
+
+    Raises:
+      ValueError: nothing of it is left, it is too long, or it is that of a file of a study.
+    """
     # Names are free text for tables; file systems refuse some of their characters.
     if not (valid := re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.")):
         raise ValueError(f"an arm is named {name!r}: give it a name with letters or digits")
+    if len(valid) > LONGEST:
+        raise ValueError(
+            f"{name[:40]!r}... is a name of {len(valid)} characters, which many file systems refuse: give "
+            f"one of at most {LONGEST}"
+        )
+    if valid.lower() in ("claims", "tuning") or Path(valid.lower()).suffix in _FILES:
+        raise ValueError(f"{name!r} may be the name of a file of the study: give another one")
     return valid
 
 

@@ -35,8 +35,18 @@ _STATUS = ("status", "state")
 _STEP = ("step", "_step", "global_step", "trainer/global_step")
 _METRIC = ("bits_per_byte",)
 _NAME = ("name", "run", "run_name")
-# Numbers in exports of trackers that are no results.
-_BOOKKEEPING = ("runtime", "_runtime", "_timestamp", "created", "updated", "end time", "_wandb.runtime")
+# Numbers in exports of trackers that are no results; pandas writes the numbers of rows without a name.
+_BOOKKEEPING = (
+    "",
+    "unnamed: 0",
+    "runtime",
+    "_runtime",
+    "_timestamp",
+    "created",
+    "updated",
+    "end time",
+    "_wandb.runtime",
+)
 
 _STATUSES = {
     FINISHED: "finished completed complete success succeeded ok done",
@@ -45,6 +55,7 @@ _STATUSES = {
     "running": "running pending queued starting",
 }
 _STATUS_OF = {name: status for status, names in _STATUSES.items() for name in names.split()}
+LARGEST = 1e100  # metric: sums of squares of larger ones overflow
 _BLANK = ("", "null", "none", "na", "n/a")
 
 
@@ -221,7 +232,7 @@ def _numeric_columns(table: ResultsTable, roles: Mapping[str, str]) -> list[str]
 def _unknown(role: str, table: ResultsTable, roles: Mapping[str, str]) -> str:
     """Return the message for a column that is needed and not named."""
     if role == "metric":
-        candidates = _numeric_columns(table, roles)
+        candidates = _numeric_columns(table, roles) or [*table.columns]
     elif role == "arm":
         candidates = _changed_settings(table, roles) or [*table.columns]
     else:
@@ -286,20 +297,26 @@ def _arm(row: Row, columns: Columns) -> str:
 
 
 def _seed(row: Row, columns: Columns) -> int:
-    value = number(row.cells.get(columns.seed))
+    cell = row.cells.get(columns.seed)
+    value = number(cell)
     if value is None or not math.isfinite(value) or value != int(value):
         raise ValueError(
-            f"{row.name} has {row.cells.get(columns.seed)!r} as {columns.seed}: seeds are whole numbers, and "
-            "runs of two arms with the same number are a pair"
+            f"{row.name} has {cell!r} as {columns.seed}: seeds are whole numbers, and runs of two arms with "
+            "the same number are a pair"
         )
-    return int(value)
+    try:
+        # Seeds of 64 bits have more digits than a float.
+        return int(cell)
+    except ValueError:
+        return int(value)
 
 
 def _last(rows: Sequence[Row], columns: Columns) -> Row:
     """Return the row that has the final value of a run."""
     if len(rows) == 1:
         return rows[0]
-    if columns.step is None:
+    # Rows of one step alone are no history of a run, but several runs.
+    if columns.step is None or len({_step(row, columns.step) for row in rows}) == 1:
         arm, seed = (rows[0].cells[name] for name in (columns.arm, columns.seed))
         raise ValueError(
             f"{rows[0].name} and {rows[1].name} are both of arm {arm}, seed {seed}: remove one, or, if they "
@@ -307,7 +324,8 @@ def _last(rows: Sequence[Row], columns: Columns) -> Row:
         )
     # Many steps of a history have no evaluation.
     measured = [row for row in rows if number(row.cells.get(columns.metric)) is not None] or list(rows)
-    return max(measured, key=lambda row: _step(row, columns.step or ""))
+    # Of a step that was trained again after a stop, the later row is of the model.
+    return max(reversed(measured), key=lambda row: _step(row, columns.step or ""))
 
 
 def _step(row: Row, column: str) -> float:
@@ -322,11 +340,17 @@ def _member(row: Row, columns: Columns, arm: str, seed: int) -> Member:
     metric = number(value)
     if metric is None and not _is_blank(value):
         raise ValueError(f"{row.name} has {value!r} as {columns.metric}, which is no number: repair the cell")
+    numbers = {name: parsed for name, cell in row.cells.items() if (parsed := number(cell)) is not None}
+    for name in (columns.metric, *columns.further_metrics):
+        if LARGEST < abs(numbers.get(name, 0.0)) < math.inf:
+            raise ValueError(
+                f"{row.name} has {numbers[name]:g} as {name}, whose square is no number any more: write "
+                "inf if the run has diverged, or use a larger unit"
+            )
     status = _status(row, columns)
     # Whatever the status: a value that is not finite is what divergence looks like.
     if metric is not None and not math.isfinite(metric):
         status = DIVERGED
-    numbers = {name: parsed for name, cell in row.cells.items() if (parsed := number(cell)) is not None}
     error = None
     if status not in (FINISHED, DIVERGED):
         error = f"status {row.cells.get(columns.status or '')!r}"

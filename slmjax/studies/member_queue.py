@@ -211,7 +211,10 @@ class MemberQueue:
             member = member_of(state.record, name=f"the claim of {state.member}")
         else:
             member = self._before.get((arm.name, seed))
-        if member is None or member.fingerprint != member_fingerprint(self.study, arm.name, seed):
+        # An arm of another name had this directory before: its run counts, once it is recorded again.
+        if member is None or member.arm != arm.name:
+            return None
+        if member.fingerprint != member_fingerprint(self.study, arm.name, seed):
             return None
         if member.status == STOPPED and self.study.stopping is None:
             return None

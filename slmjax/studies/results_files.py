@@ -145,7 +145,7 @@ def _from_chart(rows: Sequence[Row], names: Sequence[str]) -> Iterator[Row]:
 
 
 def _json_line_rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             name = f"line {number} of {path}"
             value = parse_json(line, name=name, remedy="repair or remove the line")

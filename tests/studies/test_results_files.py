@@ -141,6 +141,25 @@ def test_outcomes(tmp_path: Path) -> None:
     assert "third, seed 1: has no finite loss, and is left out of its pairs." in findings.notes
 
 
+def test_a_step_that_was_trained_again_counts_as_it_was_last(tmp_path: Path) -> None:
+    lines = ["adam,0,1,3", "adam,0,2,2.5", "adam,0,2,2", "muon,0,1,3", "muon,0,2,1"]
+    (tmp_path / "runs.csv").write_text("\n".join(["arm,seed,step,loss", *lines]))
+    results = read(tmp_path / "runs.csv")
+    assert [member.metric_value("loss") for member in results.members] == [2.0, 1.0]
+
+
+def test_cells_as_other_programs_write_them(tmp_path: Path) -> None:
+    """Numbers of rows, seeds that no float has, and line separators that JSON allows within a text."""
+    seeds = (2**53, 2**53 + 1)
+    lines = [f"{i},{arm},{seed},{i + 1.5}" for i, arm in enumerate(("adam", "muon")) for seed in seeds]
+    (tmp_path / "runs.csv").write_text("\n".join([",arm,seed,loss", *lines]))
+    results = read(tmp_path / "runs.csv")
+    assert results.columns.metric == "loss" and results.question.seeds == seeds
+    runs = [{"arm": arm, "seed": seed, "loss": 1.5} for arm in ("adam", "a\u2028b\x85c") for seed in (0, 1)]
+    (tmp_path / "runs.jsonl").write_text("\n".join(json.dumps(run, ensure_ascii=False) for run in runs))
+    assert read(tmp_path / "runs.jsonl").question.arms == ("adam", "a\u2028b\x85c")
+
+
 def test_arms_by_number(tmp_path: Path) -> None:
     runs = [{"lr": lr, "seed": seed, "loss": 1 + lr * seed} for lr in (0.001, 0.002) for seed in (0, 1)]
     (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, runs)))
@@ -181,6 +200,8 @@ BAD_TABLES = {
     "seed": ([HEAD, RUN, "adam,x,1.5"], {}, "line 3 .* 'x' as seed: seeds are whole"),
     "metric": ([HEAD, RUN, "adam,1,good"], {}, "line 3 .* 'good' as loss, which is no number"),
     "twice": ([HEAD, RUN, RUN], {}, "line 2 .* and line 3 .* --step"),
+    "twice at a step": ([f"{HEAD},step", f"{RUN},9", "adam,0,1.7,9"], {}, "line 2 .* and line 3 .* both of"),
+    "too large": ([HEAD, RUN, "muon,0,-1e200"], {}, "line 3 .* has -1e[+]200 as loss, .* inf if"),
     "one arm": ([HEAD, RUN], {}, "has one arm by the column optimizer, adam"),
     "no arm": ([HEAD, RUN, ",1,1.5"], {}, "line 3 .* has no optimizer: every run"),
     "near column": ([HEAD, RUN], {"metric": "los"}, "--metric los: .* Did you mean 'loss'"),

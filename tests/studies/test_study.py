@@ -107,6 +107,18 @@ def test_a_study_takes_further_seeds_and_arms(tmp_path: Path) -> None:
     assert keys(train.asked) == [(5e-3, 0), (5e-3, 1), *all_keys((7,)), (5e-3, 7)]
 
 
+def test_a_renamed_arm_of_the_same_directory_keeps_its_runs(tmp_path: Path) -> None:
+    before = run_study(study(), tmp_path, train=StubTrainer())
+    arms = tuple(
+        dataclasses.replace(arm, name=arm.name.replace("fast & loose", "fast + loose"))
+        for arm in study().arms
+    )
+    stub = StubTrainer()
+    after = run_study(study(arms=arms), tmp_path, train=stub)
+    assert stub.asked == [] and [member.arm for member in after] == ["slow", "fast + loose", "third"] * 3
+    assert [member.result for member in after] == [member.result for member in before]
+
+
 def test_an_interrupted_member_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="arm fast & loose, seed 0.*run the study again"):
         run_study(study(), tmp_path, train=StubTrainer(statuses={(2e-3, 0): "interrupted"}))
@@ -189,6 +201,13 @@ def test_what_makes_no_study_is_refused() -> None:
     for changes, message in wrong:
         with pytest.raises(ValueError, match=message):
             study(**changes)
+    for name, message in (
+        ("a" * 201, "is a name of 201 characters"),
+        ("Findings.json", "may be the name of a file of the study"),
+        ("../claims", "may be the name of a file of the study"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Arm(name=name)
     with pytest.raises(ValueError, match="with letters or digits"):
         Arm(name="...", experiment=experiment())
     with pytest.raises(ValueError, match="tolerance is 2"):

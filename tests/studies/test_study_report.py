@@ -156,6 +156,12 @@ def test_the_axis_of_verdicts_is_not_stretched_by_one_interval(report: StudyRepo
     assert max(row["high"] for row in rows) <= max(differences) + 1.5 * LONGEST_INTERVAL * span
 
 
+def test_a_picture_of_names_with_characters_that_no_image_has(report: StudyReport) -> None:
+    """The converter would end the process at a zero."""
+    named = dataclasses.replace(report, question="wide\0 or\x1b \ud800\uffff")
+    assert "wide\ufffd or\ufffd \ufffd\ufffd" in forest_picture(named, "svg").decode()
+
+
 def test_the_picture_names_verdicts_in_words(report: StudyReport) -> None:
     picture = forest_picture(report).decode()
     assert picture.startswith("<svg") and "<script>" not in picture

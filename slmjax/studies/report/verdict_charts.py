@@ -23,7 +23,7 @@ from slmjax.studies.report.sentences import (
     verdict_text,
 )
 from slmjax.studies.text_tables import ABSENT, in_words
-from slmjax.telemetry.report.charts import FONT, Chart, Spec, chart_spec, converter, theme
+from slmjax.telemetry.report.charts import FONT, Chart, Spec, chart_spec, converter, drawable, theme
 
 ROW = 50  # pixels of a row of the forest plot
 PAIRS_ROW = 38  # pixels of a row of paired differences
@@ -207,9 +207,9 @@ def forest_picture(report: StudyReport, kind: str = "svg") -> bytes:
     }
     config = {**theme(dark=False), "background": "white", "font": "Helvetica, Arial, sans-serif"}
     if kind == "svg":
-        return converter().vegalite_to_svg(spec, config=config).encode() + b"\n"
+        return converter().vegalite_to_svg(drawable(spec), config=config).encode() + b"\n"
     if kind == "png":
-        return converter().vegalite_to_png(spec, config=config, scale=2)
+        return converter().vegalite_to_png(drawable(spec), config=config, scale=2)
     raise ValueError(f"there is no picture of kind {kind!r}: choose svg or png")
 
 

@@ -113,8 +113,9 @@ def difference_p(estimate: Estimate | None) -> float:
 def equality_p(estimate: Estimate | None, margin: float | None) -> float:
     """Return the larger p of two one-sided t tests that the difference is the margin or more, else 1.
 
-    Schuirmann (1987).
+    Schuirmann (1987). A run that diverged is worse by an unknown amount than the value that stands for it,
+    which therefore shows no equality.
     """
-    if estimate is None or margin is None or estimate.error == 0:
+    if estimate is None or margin is None or estimate.error == 0 or estimate.values.imputed:
         return 1.0
     return float(special.stdtr(estimate.degrees, (abs(estimate.mean) - margin) / estimate.error))

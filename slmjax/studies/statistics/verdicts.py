@@ -128,8 +128,8 @@ def judge(table: Table, pairs: Sequence[tuple[str, str]], rules: Rules) -> Judge
     1 - confidence.
 
     A seed with which one arm of a pair has diverged counts with the worst value of both arms for that arm
-    (`paired_values`). A pair has no verdict if it has fewer than two seeds, or if its differences are all
-    equal up to rounding: its noise is then not known.
+    (`paired_values`), and the pair is not called equal. A pair has no verdict if it has fewer than two seeds,
+    or if its differences are all equal up to rounding: its noise is then not known.
 
     With fixed looks, only the first seeds count, as many as the latest look has, of those with which every
     arm has a value or has diverged. A verdict of an earlier look stands (`sequential_p_value`), unless the
@@ -368,7 +368,7 @@ def _seeds_needed(estimate: Estimate, rules: Rules, *, comparisons: int) -> int 
     level = 1 - rules.confidence
     arms = estimate.pooled_arms
     needed = [seeds_needed(effect, estimate.deviation, comparisons=comparisons, arms=arms, level=level)]
-    if rules.equal_within is not None:
+    if rules.equal_within is not None and not estimate.values.imputed:
         needed.append(
             seeds_for_equality(
                 rules.equal_within,

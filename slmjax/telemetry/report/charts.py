@@ -8,6 +8,7 @@ Long runs are thinned: a chart shows at most a thousand records of the log, alwa
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -509,6 +510,19 @@ def converter() -> Any:
     return vl_convert
 
 
+# What XML does not allow, and with it SVG: the converter would end the process.
+_NOT_XML = re.compile("[^\\t\\n\\r\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
+
+
+def drawable(value: Any) -> Any:
+    """Return a specification without characters that no image can have, such as those of a name."""
+    if isinstance(value, str):
+        return _NOT_XML.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {drawable(key): drawable(item) for key, item in value.items()}
+    return [drawable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def png(chart: Chart) -> bytes:
     """Return the chart as an image on white, 1280 pixels wide."""
     spec = {
@@ -517,7 +531,7 @@ def png(chart: Chart) -> bytes:
         "title": {"text": chart.title, "subtitle": chart.subtitle, "anchor": "start", "offset": 12},
     }
     # Twice the resolution, for screens with a high density.
-    return converter().vegalite_to_png(spec, config=theme(dark=False), scale=2)
+    return converter().vegalite_to_png(drawable(spec), config=theme(dark=False), scale=2)
 
 
 @functools.cache

@@ -180,6 +180,18 @@ def test_a_diverged_seed_counts_with_the_worst_value_of_the_pair() -> None:
     assert upside_down.difference == pytest.approx((-0.1 + 0.1 + (0.9 - 1.4)) / 3)
 
 
+def test_an_arm_that_diverged_is_not_equal() -> None:
+    """Its values stand for losses without limit, so that no margin holds them."""
+    values = [[1.0, 1.01, 1.02, 0.99, 1.0], [1.0, 1.01, 1.02, 0.995, 1.005]]
+    rules = Rules(equal_within=0.1)
+    assert only(table(values), rules).verdict is Verdict.EQUAL
+    for cells in ([(1, 0)], [(0, 0)], [(1, 0), (1, 1), (1, 2), (1, 3)]):
+        judgement = only(table(values, diverged=cells), rules)
+        assert judgement.equal_p == 1.0 and judgement.verdict is not Verdict.EQUAL
+    # With both arms, it says nothing about their difference.
+    assert only(table(values, diverged=[(0, 0), (1, 0)]), rules).verdict is Verdict.EQUAL
+
+
 def test_a_seed_that_both_lose_is_left_out() -> None:
     judgement = only(table([[1.0, 1.1, 1.4], [0.9, 1.2, 9.0]], diverged=[(0, 2), (1, 2)]))
     assert judgement.seeds == (0, 1) and judgement.imputed == ()
