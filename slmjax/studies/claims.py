@@ -60,7 +60,7 @@ _OPTIONAL = {
     "rung": dict,
 }
 _REMEDY = "delete it, and the member is trained again or read from its run"
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class ClaimLost(RuntimeError):
@@ -125,7 +125,7 @@ def create_once(path: Path, content: Mapping[str, Any], *, needs_links: bool = T
             # A file server whose answer was lost is asked twice, and refuses the second time.
             return read_object(path, {"id": str}, remedy=_REMEDY)["id"] == content["id"]
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in NO_LINKS:
                 raise
             if needs_links:
                 raise ValueError(

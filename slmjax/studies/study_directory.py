@@ -31,6 +31,7 @@ from typing import Any
 from slmjax.config import differences, fingerprint, from_json, to_json
 from slmjax.stored_json import check_object, read_object
 from slmjax.studies.arms import Arm, Derived
+from slmjax.studies.claims import NO_LINKS
 from slmjax.studies.matching import Matched
 from slmjax.studies.study import (
     MEMBERS,
@@ -438,6 +439,11 @@ def _create(path: Path, text: str) -> bool:
         os.link(temporary, path)
     except FileExistsError:
         return False
+    except OSError as error:
+        # One process alone may run a study on a file system without links (`claims.py`).
+        if error.errno not in NO_LINKS:
+            raise
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return True

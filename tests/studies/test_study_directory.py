@@ -1,7 +1,9 @@
 """Study files, what a study fixes before its first run, and what its directory keeps of later changes."""
 
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +242,17 @@ def test_where_results_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ValueError, match="is the directory of a study already: leave out --directory x"):
         open_ablation(large.directory, directory="x")
     assert json.loads((large.directory / "plan.json").read_text())["size"] == "large"
+
+
+def test_a_directory_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as Cloud Storage: one process alone runs the study there."""
+
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    StudyDirectory.create(tmp_path, study())
+    assert len(run_study(study(), tmp_path, train=StubTrainer())) == 9
+    # The plan is not written again.
+    StudyDirectory.create(tmp_path, study(seeds=(0, 1)))
+    assert StudyDirectory.open(tmp_path).plan["settings"]["seeds"] == [0, 1, 2]
