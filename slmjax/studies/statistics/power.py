@@ -34,6 +34,7 @@ POWER = 0.8  # 4 times in 5
 MAX_SEEDS = 1000  # more are not searched
 APART = 1 - (1 - APART_LEVEL) ** 2  # pairs with an arm set apart, of equally noisy arms
 NODES = 24  # in each of two dimensions; the power is that of 400 within 5e-4
+FAR = 30.0  # noncentrality above which a mean is averaged over instead of a variance
 
 
 def power_of_difference(
@@ -228,6 +229,11 @@ def seeds_for_equality(
 def _t_power(noncentrality: float, tail: float, degrees: float) -> float:
     """Return the probability of |t| above its critical value, of the noncentral t distribution."""
     critical = float(stats.t.isf(tail, degrees))
+    if noncentrality > FAR:
+        # The series of the library do not end there, as with two seeds at an early look.
+        nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
+        reached = special.gammainc(degrees / 2, degrees / 2 * np.square((noncentrality + nodes) / critical))
+        return float(weights @ reached) / math.sqrt(2 * math.pi)
     above = float(stats.nct.sf(critical, degrees, noncentrality))
     below = float(stats.nct.cdf(-critical, degrees, noncentrality))
     # Far in a tail, the library returns NaN for probabilities that round to 0 or 1.

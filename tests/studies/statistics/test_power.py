@@ -121,3 +121,18 @@ def test_verdicts_have_the_power_that_was_planned() -> None:
     better = [assess(table(study), pairs, Rules()).verdicts[2] is Verdict.WORSE for study in values]
     # Two standard errors, and what the plan neglects.
     assert np.mean(better) == pytest.approx(0.8, abs=2 * math.sqrt(0.16 / 250) + 0.02)
+
+
+def test_two_seeds_at_a_very_small_level() -> None:
+    """As at a first look of many: with one degree of freedom, tails are those of 1 / level."""
+    usual = smallest_resolved(1.0, 2)
+    for level in (1e-3, 1e-6, 1e-12):
+        assert smallest_resolved(1.0, 2, level=level) == pytest.approx(usual * 0.05 / level, rel=2e-3)
+    # Where both ways to compute it are possible, they agree.
+    for degrees in (1, 2, 8):
+        tail = stats.t.sf(25.0, degrees)
+        near, far = (
+            power_of_difference(nc, math.sqrt(2), 2, 1, degrees, 2 * tail, variance=VarianceRule.POOLED)
+            for nc in (29.99, 30.01)
+        )
+        assert 0 < far - near < 1e-3
