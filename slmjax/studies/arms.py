@@ -17,7 +17,7 @@ from slmjax.studies.changes import with_changes
 from slmjax.training.experiment import Experiment
 
 LONGEST = 200  # characters of a directory's name; most file systems have 255 bytes
-# Endings of the files that lie beside the directories of arms.
+# Endings of the files that a study has in its directory, where those of arms are too.
 _FILES = frozenset((".json", ".jsonl", ".html", ".md", ".tex", ".csv", ".svg", ".png", ".py"))
 
 
