@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,63 +14,47 @@ from tests import fuzzing
 from tests.fuzzing import KINDS, Outcome
 from tests.mutations import json_mutation
 
+Result = dict[str, Any]  # "outcomes": their counts; "defects": texts; "ends": outcome and detail by name
 
-def _check(parent: Path, seeds: range, *, families: int | None) -> collections.Counter[Outcome]:
+
+def _in_process(parent: Path, seeds: range, *, families: int | None) -> Result:
     """Damage each kind of file by each of the seeds, and return how the attempts ended.
 
     A process of its own reads them: limits of CPU time and memory apply to whole processes, and the one that
-    runs the tests has other threads and what earlier tests left.
+    runs the tests has many threads and what earlier tests left.
 
     Args:
       families: how many of those whose config.json is read; None for all.
     """
     finished = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.test_fuzzing",
-            parent,
-            str(seeds.start),
-            str(seeds.stop),
-            str(families),
-        ],
+        [sys.executable, "-m", "tests.test_fuzzing", parent, *map(str, (seeds.start, seeds.stop, families))],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
     )
     assert finished.returncode == 0, finished.stderr
-    result = json.loads(finished.stdout.splitlines()[-1])
-    assert not result["defects"], "\n".join(result["defects"])
-    return collections.Counter({Outcome(name): count for name, count in result["outcomes"].items()})
+    return json.loads(finished.stdout.splitlines()[-1])
 
 
-def _try_all(parent: str, start: str, stop: str, families: str) -> None:
-    """The program of that process: print the outcomes and the defects as JSON."""
-    outcomes: collections.Counter[str] = collections.Counter()
-    defects = []
-    foreign = [kind for kind in KINDS if kind.name.startswith("config.json of Hugging Face")]
-    tried = foreign if families == "None" else foreign[: int(families)]
-    for kind in [*(kind for kind in KINDS if kind not in foreign), *tried]:
-        directory = fuzzing.write_sample(kind, Path(parent))
-        for seed in range(int(start), int(stop)):
-            attempt = fuzzing.try_once(kind, directory, seed=seed)
-            outcomes[attempt.outcome.value] += 1
-            if attempt.outcome is Outcome.DEFECT:
-                defects.append(f"{kind.name}, seed {seed}: {attempt.detail}")
-    print(json.dumps({"outcomes": outcomes, "defects": defects}))
-
-
-def test_damage_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     # A family's sample takes longer to write than damage to it to read.
-    outcomes = _check(tmp_path, range(6), families=2)
+    return _in_process(tmp_path_factory.mktemp("fuzzing"), range(6), families=2)
+
+
+def test_damage_is_refused_by_name(result: Result) -> None:
+    assert not result["defects"], "\n".join(result["defects"])
+    outcomes = collections.Counter(result["outcomes"])
     assert outcomes.total() >= 300
     # Neither is all damage refused, nor none: the samples are read, and the damage reaches what is read.
-    assert min(outcomes[Outcome.READ], outcomes[Outcome.REFUSED]) > outcomes.total() / 5
+    assert min(outcomes[Outcome.READ.value], outcomes[Outcome.REFUSED.value]) > outcomes.total() / 5
 
 
 @pytest.mark.nightly
 def test_thousands_of_damaged_files(tmp_path: Path) -> None:
-    assert _check(tmp_path, range(100, 150), families=None).total() >= 3_000
+    result = _in_process(tmp_path, range(100, 150), families=None)
+    assert not result["defects"], "\n".join(result["defects"])
+    assert sum(result["outcomes"].values()) >= 3_000
 
 
 def _raises(error: BaseException) -> None:
@@ -93,20 +78,10 @@ ENDS = {
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_each_end_is_recognised(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    action, outcome, detail = ENDS[name]
-    kind = fuzzing.Kind(
-        name="a kind",
-        file="a.json",
-        sample=lambda path: None if (path / "a.json").write_text("[1, 2, 3]") else None,
-        # The sample itself must be read.
-        read=lambda path: None if (path / "a.json").read_bytes() == b"[1, 2, 3]" else action(),
-    )
-    directory = fuzzing.write_sample(kind, tmp_path)
-    monkeypatch.setattr(fuzzing, "CPU_SECONDS", 0.2 if name == "time" else fuzzing.CPU_SECONDS)
-    attempt = fuzzing.try_once(kind, directory, seed=3)
-    assert attempt.outcome is outcome and detail in attempt.detail, attempt
-    assert (directory / "a.json").read_text() == "[1, 2, 3]"
+def test_each_end_is_recognised(name: str, result: Result) -> None:
+    _, outcome, detail = ENDS[name]
+    actual, text = result["ends"][name]
+    assert actual == outcome.value and detail in text
 
 
 def test_damage_is_the_same_by_seed() -> None:
@@ -114,6 +89,41 @@ def test_damage_is_the_same_by_seed() -> None:
     damaged = [json_mutation(content, random.Random(seed)) for seed in range(200)]
     assert damaged == [json_mutation(content, random.Random(seed)) for seed in range(200)]
     assert len(set(damaged)) > 150 and content not in damaged[:3]
+
+
+# The process ------------------------------------------------------------------------------------------------
+def _try_all(parent: str, start: str, stop: str, families: str) -> None:
+    """Print the outcomes, the defects and the ends as JSON."""
+    outcomes: collections.Counter[str] = collections.Counter()
+    defects = []
+    foreign = [kind for kind in KINDS if kind.name.startswith("config.json of Hugging Face")]
+    tried = foreign if families == "None" else foreign[: int(families)]
+    for kind in [*(kind for kind in KINDS if kind not in foreign), *tried]:
+        directory = fuzzing.write_sample(kind, Path(parent))
+        for seed in range(int(start), int(stop)):
+            attempt = fuzzing.try_once(kind, directory, seed=seed)
+            outcomes[attempt.outcome.value] += 1
+            if attempt.outcome is Outcome.DEFECT:
+                defects.append(f"{kind.name}, seed {seed}: {attempt.detail}")
+    ends = {name: _end(name, Path(parent)) for name in ENDS}
+    print(json.dumps({"outcomes": outcomes, "defects": defects, "ends": ends}))
+
+
+def _end(name: str, parent: Path) -> tuple[str, str]:
+    """Return the outcome and the detail of an attempt that ends in a certain way."""
+    action = ENDS[name][0]
+    kind = fuzzing.Kind(
+        name=f"a kind: {name}",
+        file="a.json",
+        sample=lambda path: None if (path / "a.json").write_text("[1, 2, 3]") else None,
+        # The sample itself must be read.
+        read=lambda path: None if (path / "a.json").read_bytes() == b"[1, 2, 3]" else action(),
+    )
+    directory = fuzzing.write_sample(kind, parent)
+    fuzzing.CPU_SECONDS = 0.2 if name == "time" else 10.0
+    attempt = fuzzing.try_once(kind, directory, seed=3)
+    assert (directory / "a.json").read_text() == "[1, 2, 3]"
+    return attempt.outcome.value, attempt.detail
 
 
 if __name__ == "__main__":

@@ -38,25 +38,33 @@ def derive(
     out.parent.mkdir(parents=True, exist_ok=True)
     # From the run's directory, not from a model in memory: the derived model is what a user would get.
     derivation.make(Path(source["run_dir"]), out)
-    # All held-out text, as at the end of a training: otherwise the arms would not compare.
-    evaluation = evaluate_member(load_model(out), experiment)
-    if evaluation.document_sums is not None:
-        write_document_sums(evaluation.document_sums, out)
     result = {name: source[name] for name in INHERITED if name in source}
+    return evaluate_run(result | {"status": "finished", "run_dir": str(out)}, experiment)
+
+
+def evaluate_run(result: dict[str, Any], experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Evaluate the model of a result on all held-out text, as at the end of a training.
+
+    Returns:
+      the result with the metrics of that text, and the evaluation, with the keys of a run's log.
+    """
+    directory = Path(result["run_dir"])
+    # All held-out text: otherwise the arms would not compare.
+    evaluation = evaluate_member(load_model(directory), experiment)
+    if evaluation.document_sums is not None:
+        write_document_sums(evaluation.document_sums, directory)
     # The keys of `trainer.Result`, so that trained and derived members can be analyzed alike.
-    result |= {
-        "status": "finished",
+    metrics = {
         "loss": evaluation.loss,
         "bits_per_byte": evaluation.bits_per_byte,
         "perplexity": evaluation.perplexity,
         "measured_on": evaluation.measured_on(trainer.ALL),
-        "run_dir": str(out),
         "lost_text": evaluation.lost_text,
     }
     # The keys of an "eval" record in a run's log.
-    return result, {
+    return result | metrics, {
         **evaluation.metrics(),
-        "step": source.get("step"),
+        "step": result.get("step"),
         "complete": True,
         "documents": evaluation.documents,
     }

@@ -31,13 +31,15 @@ import jax
 from rich.console import Console
 
 from slmjax.config import fingerprint
+from slmjax.data import provenance
+from slmjax.data.preparation import HELDOUT
 from slmjax.ownership import owned_by, require_ownership
 from slmjax.runner import trainer
 from slmjax.runner.population import train_population
 from slmjax.stop_signals import Stopped, StopSignals
 from slmjax.studies.arms import Arm, Derived
 from slmjax.studies.claims import ClaimLost, Claims, Lease, locked
-from slmjax.studies.derived import derive
+from slmjax.studies.derived import derive, evaluate_run
 from slmjax.studies.groups import Populations, tasks_together
 from slmjax.studies.member_queue import MemberQueue, Task, evaluation_at, metric_at
 from slmjax.studies.study import (
@@ -285,9 +287,11 @@ def _train_member(
         rung = task.stop_after or 0
         if result is None and run is not None and evaluation_at(run, rung) is not None:
             result = {"status": "interrupted", "step": rung, "run_dir": str(run)}
+        was_trained = result is None
         if result is None:
             result = plain(dataclasses.asdict(train(experiment, resume=run, console=console)))
-    except ClaimLost:
+        result, evaluation = _evaluated(result, experiment, was_trained=was_trained)
+    except (ClaimLost, Interrupted):
         raise
     except Exception as error:  # a failure is a result too, and no reason to lose the other arms
         # Of a run that another process has taken over, files are missing: that is no failure of the member.
@@ -307,9 +311,27 @@ def _train_member(
         raise Interrupted(
             f"stopped at arm {arm.name}, seed {seed}, whose run is saved: run the study again to resume it"
         )
-    return Member(
-        **about, status=result["status"], result=result, evaluation=_final_evaluation(Path(result["run_dir"]))
-    )
+    return Member(**about, status=result["status"], result=result, evaluation=evaluation)
+
+
+def _evaluated(
+    result: dict[str, Any], experiment: Experiment, *, was_trained: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the result of a run and its evaluation on all held-out text, which is made if it was cut short.
+
+    Raises:
+      Interrupted: a signal ended the evaluation that follows the training.
+    """
+    run = Path(result["run_dir"])
+    evaluation = _final_evaluation(run)
+    record = provenance.read_record(run) or []
+    holds_out = any((source.get(HELDOUT) or {}).get("documents") for source in record)
+    if evaluation or not holds_out or result["status"] != FINISHED:
+        return result, evaluation
+    # The result then has the loss of another text, which compares with that of no other member.
+    if was_trained:
+        raise Interrupted(f"stopped in the evaluation of {run}: run the study again to complete it")
+    return evaluate_run(result, experiment)
 
 
 def _experiment(study: Study, task: Task, directory: Path, *, source_run: Path | None) -> Experiment:

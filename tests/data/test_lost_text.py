@@ -1,5 +1,6 @@
 """Text that a tokenizer loses is measured, refused, and shown with every metric that depends on it."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,10 @@ def test_a_tokenizer_that_loses_text_is_refused_or_marked(tmp_path: Path) -> Non
         and actual.bits_per_byte < 0.2
     )
     assert lost_note(LOST) in actual.text() and actual.metrics()["lost_text"] == LOST
-    rows = {row[0].strip(): row for row in _text_rows({"text": to_json(actual)})}
+    rows = {
+        row[0].strip(): row
+        for row in _text_rows({"text": to_json(dataclasses.replace(actual, document_sums=None))})
+    }
     assert rows["not comparable"][1] == f"{LOST:.2%}"
     assert rows["documents begin with"][1:] == ("'<s>'", "id 0, first of the usual names in the vocabulary")
     assert rows["documents end with"][1] == "'</s>'"

@@ -42,7 +42,8 @@ def first_mixer(config: ModelConfig) -> AttentionConfig:
 # Files of earlier versions ----------------------------------------------------------------------------------
 def older(config: ModelConfig, fraction: Any) -> str:
     """model.json as it was written when configs had a `rope_fraction`, and phases of quantization."""
-    data = {**to_json(config), "quant": []}
+    later = ("parameterization", "base_width", "base_depth", "base_head_dim")
+    data = {name: value for name, value in to_json(config).items() if name not in later} | {"quant": []}
     for block in data["stack"][0]["pattern"]:
         del block["mixer"]["rotary_dim"]
         block["mixer"]["rope_fraction"] = fraction
