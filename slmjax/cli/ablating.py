@@ -20,7 +20,7 @@ class Size(enum.Enum):
 
 
 def ablate_command(argv: Sequence[str]) -> int:
-    """Run a study: train its arms with several seeds, and compare them.
+    """Run a study: train arms with several seeds, and compare them.
 
     slmjax ablate STUDY.py [--plan] [--budget large] [--seeds 5]
     slmjax ablate STUDY_DIR

@@ -9,7 +9,7 @@ from slmjax.cli.options import parse, positional, print_json
 
 
 def verdict_command(argv: Sequence[str]) -> int:
-    """Judge which arm of runs is better, from files or run directories.
+    """Judge which arm is better, from files or run directories.
 
     slmjax verdict RESULTS ... --arm COLUMN --seed COLUMN --metric COLUMN --baseline NAME
     slmjax verdict --campaign DIR
