@@ -242,7 +242,11 @@ def _unknown(role: str, table: ResultsTable, roles: Mapping[str, str]) -> str:
         "seed": "the column with the seed of a run",
         "metric": "the column that is compared",
     }[role]
-    return f"name {about} with --{role}. Columns of {table.source} are {_listed(candidates)}"
+    hint = ""
+    if role != "metric" and (names := _guess(table.columns, _NAME)) is not None:
+        # As in exports of W&B, whose charts have nothing else.
+        hint = rf". If {names} says it, give --name-pattern, such as '(?P<arm>.+)-seed(?P<seed>\d+)'"
+    return f"name {about} with --{role}. Columns of {table.source} are {_listed(candidates)}{hint}"
 
 
 # Members ----------------------------------------------------------------------------------------------------

@@ -206,6 +206,11 @@ BAD_TABLES = {
     "no arm": ([HEAD, RUN, ",1,1.5"], {}, "line 3 .* has no optimizer: every run"),
     "near column": ([HEAD, RUN], {"metric": "los"}, "--metric los: .* Did you mean 'loss'"),
     "two metrics": ([f"{HEAD},b", f"{RUN},1"], {}, "name the column that is compared .* are loss, b"),
+    "names": (
+        ["Name,loss", "a-seed0,1"],
+        {"arm": None},
+        "with --arm. .* If Name says it, give --name-pattern",
+    ),
     "no seed": (["optimizer,sd,loss", RUN], {}, "name the column with the seed of a run with --seed"),
     "status": (
         [f"{HEAD},status", f"{RUN},finishd", "adam,1,1.5,ok"],

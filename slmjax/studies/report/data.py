@@ -94,10 +94,11 @@ class NoiseReport:
     deviation: float | None  # between seeds, of one run, pooled over arms
     degrees_of_freedom: int
     own: dict[str, float]  # of one run of each arm
-    noisy: tuple[str, ...]  # arms that were judged by their own noise
+    noisy: tuple[str, ...]  # arms that are noisier than the others
     equality_p: float | None  # of the test that all arms are equally noisy
     smallest_resolved: float | None = None  # difference found 4 times in 5 with these seeds
     notes: tuple[str, ...] = ()  # such as what a ledger of earlier studies has
+    apart: tuple[str, ...] = ()  # noisy arms, and those that may be: judged by their own differences
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

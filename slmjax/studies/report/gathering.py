@@ -66,6 +66,7 @@ def report_of(findings: Findings, members: Sequence[Member] = ()) -> StudyReport
             degrees_of_freedom=findings.noise.degrees_of_freedom,
             own=dict(findings.noise.own),
             noisy=findings.noise.noisy,
+            apart=findings.noise.apart,
             equality_p=findings.noise.equality_p,
             smallest_resolved=findings.smallest_resolved,
         ),

@@ -120,7 +120,13 @@ def noise_sentences(report: StudyReport) -> list[str]:
                 f"Test that all arms are equally noisy (Brown-Forsythe): p = {noise.equality_p:.2g}."
             )
     if noise is not None and noise.noisy:
-        sentences.append(f"Noisier than the others, and judged by their own noise: {', '.join(noise.noisy)}.")
+        sentences.append(
+            f"Noisier than the others, and judged by their own differences: {', '.join(noise.noisy)}."
+        )
+    if noise is not None and (others := [name for name in noise.apart if name not in noise.noisy]):
+        sentences.append(
+            f"Perhaps noisier than the others, and judged by their own differences: {', '.join(others)}."
+        )
     if noise is not None and noise.smallest_resolved is not None:
         sentences.append(
             f"With {len(report.seeds)} seeds and {len(report.comparisons)} comparisons, a difference of "

@@ -183,10 +183,9 @@ def noise_table(report: StudyReport) -> TextTable | None:
     noise = report.noise
     if noise is None or not noise.own:
         return None
-    rows = [
-        (name, f"{deviation:.3g}", "its own: noisier than the others" if name in noise.noisy else "pooled")
-        for name, deviation in noise.own.items()
-    ]
+    judged = dict.fromkeys(noise.apart, "its own differences: may be noisier than the others")
+    judged |= dict.fromkeys(noise.noisy, "its own differences: noisier than the others")
+    rows = [(name, f"{deviation:.3g}", judged.get(name, "pooled")) for name, deviation in noise.own.items()]
     if noise.deviation is not None:
         freedom = f"{noise.degrees_of_freedom} degrees of freedom"
         rows.append(("all, pooled", f"{noise.deviation:.3g}", freedom))
