@@ -209,7 +209,7 @@ BAD_TABLES = {
     "names": (
         ["Name,loss", "a-seed0,1"],
         {"arm": None},
-        "with --arm. .* If Name says it, give --name-pattern",
+        "with --arm.* If Name says it, give --name-p",
     ),
     "no seed": (["optimizer,sd,loss", RUN], {}, "name the column with the seed of a run with --seed"),
     "status": (
