@@ -138,8 +138,9 @@ def described(value: object) -> str:
 # Modules that experiment files import from their own folders, where they are copied to in a run directory.
 MODULES = "experiment_modules"
 
-# The entries of sys.path that experiment files of this process have needed.
+# The entries of sys.path that the newest experiment file of this process needs, and all files' folders.
 _added: list[str] = []
+_folders: list[Path] = []
 
 
 def run_file(path: Path) -> ModuleType:
@@ -164,7 +165,8 @@ def run_file(path: Path) -> ModuleType:
 def _make_importable(folder: Path) -> None:
     """Let Python find modules in a folder first, as for a script there, instead of earlier files' folders."""
     folders = [each for each in (folder, folder / MODULES) if each.is_dir()]
-    for other in map(Path, _added):
+    # Of all earlier files: those between may have had no module of this name.
+    for other in _folders:
         if other in folders:
             continue
         # A module that has the same name in the new folder is another module.
@@ -175,6 +177,7 @@ def _make_importable(folder: Path) -> None:
     sys.path[:] = [entry for entry in sys.path if entry not in _added]
     _added[:] = [str(each) for each in folders if str(each) not in sys.path]
     sys.path[:0] = _added
+    _folders.extend(each for each in folders if each not in _folders)
 
 
 def _modules_in(folder: Path) -> list[tuple[str, Path]]:

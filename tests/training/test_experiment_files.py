@@ -36,6 +36,10 @@ def write_folder(folder: Path, *, rate: float) -> Path:
 def test_modules_of_the_folder_are_imported_and_copied(tmp_path: Path) -> None:
     file = write_folder(tmp_path / "first", rate=0.25)
     assert recipes.load_experiment(str(file)).optim.lr == 0.25
+    # A file whose folder has no such modules does not hide that they are those of the first folder.
+    (tmp_path / "between").mkdir()
+    (tmp_path / "between" / "nothing.py").write_text("")
+    recipes.run_file(tmp_path / "between" / "nothing.py")
     other = write_folder(tmp_path / "second", rate=0.5)
     loaded = recipes.load_experiment(str(other))
     assert (loaded.optim.lr, loaded.run.name) == (0.5, "rate-0.5-x"), "modules of the first folder"
