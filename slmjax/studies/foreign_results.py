@@ -310,7 +310,7 @@ def _seed(row: Row, columns: Columns) -> int:
         )
     try:
         # Seeds of 64 bits have more digits than a float.
-        return int(cell)
+        return int(str(cell))
     except ValueError:
         return int(value)
 
