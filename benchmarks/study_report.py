@@ -33,7 +33,7 @@ EVALUATIONS = 20
 
 def write_study(directory: Path, *, arms: int, seeds: int, steps: int) -> None:
     """Write run directories, members.jsonl and findings.json as a study leaves them."""
-    generator = random.Random(0)  # noqa: S311  # not for security
+    generator = random.Random(0)
     names = tuple(f"{2 + arm} layers of {128 - 4 * arm}" for arm in range(arms))
     members = []
     directory.mkdir(parents=True, exist_ok=True)

@@ -132,9 +132,11 @@ def open_ablation(
         studies = with_num_seeds(studies, num_seeds)
     ablation = Ablation(file=file, size=size, studies=studies, directory=directory)
     if num_seeds is None and path.is_dir():
-        places = {study.name: ablation.directory_of(study) for study in studies}
-        fixed = {name: place for name, place in places.items() if (place / PLAN).is_file()}
-        seeds_of = {name: StudyDirectory.open(place).seeds for name, place in fixed.items()}
+        seeds_of = {
+            study.name: StudyDirectory.open(begun).seeds
+            for study in studies
+            if ((begun := ablation.directory_of(study)) / PLAN).is_file()
+        }
         ablation = dataclasses.replace(ablation, studies=with_seeds(studies, seeds_of))
     return ablation
 

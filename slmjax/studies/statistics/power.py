@@ -95,15 +95,12 @@ def smallest_resolved(
     """
     _check(deviation, seeds, comparisons, degrees_of_freedom, level)
     _check_power(power, level)
-
-    def missing(effect: float) -> float:
-        reached = power_of_difference(
+    return deviation * _smallest(
+        lambda effect: power_of_difference(
             effect, 1.0, seeds, comparisons, degrees_of_freedom, level, variance=variance
-        )
-        return reached - power
-
-    # In units of the deviation, on which the search then does not depend.
-    return deviation * _root(missing)
+        ),
+        power,
+    )
 
 
 def seeds_needed(
@@ -125,12 +122,12 @@ def seeds_needed(
     if effect == 0:
         return None
 
-    def is_enough(seeds: int) -> bool:
-        pooled = (arms - 1) * (seeds - 1)
-        reached = power_of_difference(effect, deviation, seeds, comparisons, pooled, level, variance=variance)
-        return reached >= power
-
-    return _first(is_enough)
+    return _first(
+        lambda seeds: power_of_difference(
+            effect, deviation, seeds, comparisons, (arms - 1) * (seeds - 1), level, variance=variance
+        ),
+        power,
+    )
 
 
 # Equality ---------------------------------------------------------------------------------------------------
@@ -187,13 +184,12 @@ def smallest_equal(
     _check(deviation, seeds, comparisons, degrees_of_freedom, level)
     _check_power(power, level)
 
-    def missing(margin: float) -> float:
-        reached = power_of_equality(
+    return deviation * _smallest(
+        lambda margin: power_of_equality(
             margin, 1.0, seeds, comparisons, degrees_of_freedom, level, variance=variance
-        )
-        return reached - power
-
-    return deviation * _root(missing)
+        ),
+        power,
+    )
 
 
 def seeds_for_equality(
@@ -215,14 +211,19 @@ def seeds_for_equality(
     if abs(effect) >= margin:
         return None
 
-    def is_enough(seeds: int) -> bool:
-        pooled = (arms - 1) * (seeds - 1)
-        reached = power_of_equality(
-            margin, deviation, seeds, comparisons, pooled, level, effect=effect, variance=variance
-        )
-        return reached >= power
-
-    return _first(is_enough)
+    return _first(
+        lambda seeds: power_of_equality(
+            margin,
+            deviation,
+            seeds,
+            comparisons,
+            (arms - 1) * (seeds - 1),
+            level,
+            effect=effect,
+            variance=variance,
+        ),
+        power,
+    )
 
 
 # Computation ------------------------------------------------------------------------------------------------
@@ -269,28 +270,32 @@ def _weights() -> Float[np.ndarray, " Q"]:
     return _quadrature()[1]
 
 
-def _root(missing: Callable[[float], float]) -> float:
-    """Return the effect at which nothing of the power is missing; it grows with the effect."""
+def _smallest(power_of: Callable[[float], float], power: float) -> float:
+    """Return the effect or margin, in deviations, at which the power, which grows with it, is `power`."""
+
+    def excess(size: float) -> float:
+        return power_of(size) - power
+
     low = 1e-9
     high = 1.0
     # Two seeds and many comparisons need very large effects.
-    while missing(high) < 0:
+    while excess(high) < 0:
         high *= 2
-    return optimize.root_scalar(missing, bracket=(low, high), xtol=1e-10).root
+    return optimize.root_scalar(excess, bracket=(low, high), xtol=1e-10).root
 
 
-def _first(is_enough: Callable[[int], bool]) -> int | None:
-    """Return the smallest number of seeds that is enough, by bisection; None above 1,000."""
+def _first(power_of: Callable[[int], float], power: float) -> int | None:
+    """Return the smallest number of seeds with at least this power, by bisection; None above 1,000."""
     low = 1
     high = 2
-    while not is_enough(high):
+    while power_of(high) < power:
         if high >= MAX_SEEDS:
             return None
         low = high
         high = min(2 * high, MAX_SEEDS)
     while high - low > 1:
         middle = (low + high) // 2
-        if is_enough(middle):
+        if power_of(middle) >= power:
             high = middle
         else:
             low = middle
