@@ -60,7 +60,7 @@ def study(size: str = "small") -> tuple[Study, ...]:
         matched=(Match(quantity=Quantity.NON_EMBEDDING_PARAMETERS, by=Dimension.FFN),),
         tune=LearningRates(rates=RATES, seeds=(1000,)),
         comparisons=((deep, shallow),),
-        smallest_effect=0.01,
+        smallest_effect=0.015,
     )
     return tuned, dataclasses.replace(
         tuned,

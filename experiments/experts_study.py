@@ -35,5 +35,5 @@ def study(size: str = "small") -> Study:
         seeds=(0, 1, 2),
         baseline="dense",
         comparisons=(("8 experts, 2 active", "wide dense"),),
-        smallest_effect=0.01,
+        smallest_effect=0.015,
     )

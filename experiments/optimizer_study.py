@@ -26,5 +26,5 @@ def study(size: str = "small") -> Study:
         seeds=(0, 1, 2),
         baseline="AdamW",
         tune=LearningRates(rates=RATES, seeds=(1000,)),
-        smallest_effect=0.01,
+        smallest_effect=0.015,
     )

@@ -39,7 +39,7 @@ def study(size: str = "small") -> Study:
         comparisons=tuple(
             (_name(multiple, QkNorm.PER_HEAD), _name(multiple, QkNorm.NONE)) for multiple in MULTIPLES[1:]
         ),
-        smallest_effect=0.01,
+        smallest_effect=0.015,
     )
 
 
