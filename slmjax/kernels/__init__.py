@@ -11,18 +11,30 @@ Files in reading order:
 - attention.py: the reference implementation of attention, and the choice of a kernel
 - grouped.py: grouped products for experts
 - rounding.py: rounding in groups on TPU
+- causal_convolution.py: causal depthwise convolution and token shift
 """
 
 from slmjax.kernels.attention import attention_mask, choose_attention, reference_attention, self_attention
+from slmjax.kernels.causal_convolution import (
+    ConvolutionHistory,
+    convolve_token,
+    depthwise_convolution,
+    empty_history,
+    token_shift,
+)
 from slmjax.kernels.grouped import choose_grouped_matmul, grouped_matmul
 from slmjax.kernels.products import materialised, matmul, outer_sum, unrolled_repeats
 from slmjax.kernels.rounding import can_round_groups, round_groups
 
 __all__ = [
+    "ConvolutionHistory",
     "attention_mask",
     "can_round_groups",
     "choose_attention",
     "choose_grouped_matmul",
+    "convolve_token",
+    "depthwise_convolution",
+    "empty_history",
     "grouped_matmul",
     "materialised",
     "matmul",
@@ -30,5 +42,6 @@ __all__ = [
     "reference_attention",
     "round_groups",
     "self_attention",
+    "token_shift",
     "unrolled_repeats",
 ]
