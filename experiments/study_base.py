@@ -1,6 +1,6 @@
 """The base of the architecture studies in this folder: a decoder like `nano`'s, at two sizes.
 
-    base("small")                     # 4 layers of width 128, 0.5M tokens: under a minute on 2 CPU cores
+    base("small")                     # 4 layers of width 128, 0.4M tokens: half a minute on 2 CPU cores
     base("large")                     # 8 layers of width 384, 10M tokens: minutes on an accelerator
     decoder("small", num_layers=6)    # the model alone, with other dims
 
@@ -48,7 +48,7 @@ SIZES = {
         vocab_size=2048,
         sequence_length=256,
         batch_size=4,
-        steps=480,
+        steps=360,
         precision=Precision.FLOAT32,
     ),
     "large": Size(
