@@ -6,7 +6,7 @@ from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig, Nor
 from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig
 from slmjax.models.layers import NormKind
-from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
+from slmjax.models.mixers.attention import AttentionConfig, Biases, OutputGate, QkNorm
 from slmjax.models.rope import YarnScaling
 
 
@@ -18,6 +18,7 @@ def composed_model(*, repeats: int = 2, **settings) -> ModelConfig:
             num_kv_heads=2,
             window=6,
             sinks=True,
+            output_gate=OutputGate.PER_HEAD,
             qk_norm=QkNorm.ALL_HEADS,
             biases=Biases.ALL,
             rope_base=500.0,
@@ -32,6 +33,7 @@ def composed_model(*, repeats: int = 2, **settings) -> ModelConfig:
             num_heads=4,
             num_kv_heads=1,
             sinks=True,
+            output_gate=OutputGate.PER_ELEMENT,
             qk_norm=QkNorm.PER_HEAD,
             biases=Biases.QKV,
             rope_base=None,

@@ -30,7 +30,7 @@ from slmjax.models.canonical_form import canonical
 from slmjax.models.definition import Definition, stored_shapes
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
-from slmjax.models.mixers.attention import AttentionConfig, QkNorm
+from slmjax.models.mixers.attention import AttentionConfig, OutputGate, QkNorm
 from slmjax.models.mixers.latent import LatentAttentionConfig
 
 log = logging.getLogger(__name__)
@@ -213,6 +213,7 @@ def _same_settings(pair: _Pair) -> Iterator[tuple[str, tuple[Any, Any]]]:
     if isinstance(theirs, AttentionConfig) and isinstance(ours, AttentionConfig):
         shapes = [config.layer_dims() for config in pair.widths]
         yield "qk_norm", (theirs.qk_norm, ours.qk_norm)
+        yield "output_gate", (theirs.output_gate, ours.output_gate)
         # The dims of a head rotate in pairs, by frequencies that depend on their number: none can be dropped.
         yield (
             "head_dim, which cannot be cut (rotary positions)",
@@ -329,7 +330,9 @@ def _unusual_dims(pair: _Pair) -> dict[str, tuple[int, Dim]]:
             "mixer/query/bias": (0, queries),
             "mixer/output/weight": (0, queries),
         }
-        return projections | normed | {"mixer/sinks": (0, heads)}
+        gates = heads if theirs.output_gate is OutputGate.PER_HEAD else queries
+        gating = {"mixer/output_gate/weight": (1, gates), "mixer/output_gate/bias": (0, gates)}
+        return projections | normed | gating | {"mixer/sinks": (0, heads)}
     if isinstance(theirs, LatentAttentionConfig) and isinstance(ours, LatentAttentionConfig):
         # The latent, then the one rotated key.
         columns = np.concatenate(

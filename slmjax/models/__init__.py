@@ -37,7 +37,7 @@ from slmjax.models.architecture import (
 from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig, RouterScore
 from slmjax.models.layers import Linear, ModelDims, NormKind, truncated_normal
-from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
+from slmjax.models.mixers.attention import AttentionConfig, Biases, OutputGate, QkNorm
 from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.models.parameterization import Parameterization
 from slmjax.models.protocols import CachingMixer, Ffn, FfnConfig, Mixer, MixerConfig
@@ -74,6 +74,7 @@ __all__ = [
     "MoeConfig",
     "NormKind",
     "NormPlacement",
+    "OutputGate",
     "Parameterization",
     "Precision",
     "QkNorm",

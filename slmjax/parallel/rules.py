@@ -19,7 +19,7 @@ from slmjax.parallel.mesh import Dims, divides, mesh_spec
 RULES: tuple[tuple[str, Dims], ...] = (
     (r"embed/table|head/weight|positions/weight", ("vocab_rows", None)),
     (r"embed/table|head/weight|positions/weight", ("vocab", "embed")),
-    (r".*/mixer/(query|query_up|latent_up)/weight", ("embed", "heads")),
+    (r".*/mixer/(query|query_up|latent_up|output_gate)/weight", ("embed", "heads")),
     (r".*/mixer/(query|latent)_down/weight", ("embed", None)),
     (r".*/mixer/(key|value)/weight", ("embed", "kv_heads")),
     (r".*/mixer/output/weight", ("head_rows", None)),

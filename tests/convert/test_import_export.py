@@ -22,7 +22,7 @@ from slmjax.convert.source import choose_family
 from slmjax.models.architecture import BlockConfig, HeadKind, LayerGroup, ModelConfig, stack_of
 from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
-from slmjax.models.mixers.attention import AttentionConfig, QkNorm
+from slmjax.models.mixers.attention import AttentionConfig, OutputGate, QkNorm
 from slmjax.models.rope import LinearScaling
 from tests.convert.synthetic import write_model
 from tests.convert.test_families import read_golden
@@ -257,6 +257,10 @@ def ffn(**fields: Any) -> BlockConfig:
         (odd(ffn(gated=False)), r"gated = False"),
         (odd(ffn(activation=Activation.CLAMPED_SILU)), r"the activation is 'clamped_silu'"),
         (odd(mixer(qk_norm=QkNorm.PER_HEAD, sinks=True)), r"sinks = True"),
+        (
+            odd(mixer(output_gate=OutputGate.PER_HEAD)),
+            r"output_gate = per_head \(read back as none\)",
+        ),
         (
             odd(
                 dataclasses.replace(

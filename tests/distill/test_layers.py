@@ -28,7 +28,7 @@ from slmjax.models.definition import define, restack, stored_shapes, unstack
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig
 from slmjax.models.layers import NormKind
-from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
+from slmjax.models.mixers.attention import AttentionConfig, Biases, OutputGate, QkNorm
 from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings
@@ -47,7 +47,9 @@ ATTENTION = AttentionConfig(
 DENSE = BlockConfig(mixer=ATTENTION, ffn=MlpConfig(hidden_dim=48))
 MOE = MoeConfig(num_experts=4, hidden_dim=24, shared_hidden_dim=16, balance=Balance.BIAS, bias=True)
 EXPERTS = BlockConfig(
-    mixer=dataclasses.replace(ATTENTION, qk_norm=QkNorm.ALL_HEADS, sinks=True),
+    mixer=dataclasses.replace(
+        ATTENTION, qk_norm=QkNorm.ALL_HEADS, sinks=True, output_gate=OutputGate.PER_ELEMENT
+    ),
     ffn=MOE,
 )
 TEACHER = ModelConfig(
@@ -210,6 +212,8 @@ def expected_narrow(
         .reshape(2, 2, 8, 32)[:kv_heads, :group, :, :24]
         .reshape(-1, 24),
         "mixer/output/bias": own["mixer/output/bias"][:24],
+        "mixer/output_gate/weight": queries(own["mixer/output_gate/weight"])[:24],
+        "mixer/output_gate/bias": queries(own["mixer/output_gate/bias"])[0],
         "mixer/sinks": own["mixer/sinks"].reshape(2, 2)[:kv_heads, :group].reshape(-1),
         "mixer/key/weight": own["mixer/key/weight"][:24, : 8 * kv_heads],
         "mixer/key/bias": own["mixer/key/bias"][: 8 * kv_heads],
@@ -231,6 +235,17 @@ def expected_narrow(
         "ffn/shared/up/weight": own["ffn/shared/up/weight"][:24, :8],
         "ffn/shared/down/weight": own["ffn/shared/down/weight"][:8, :24],
     }
+
+
+def test_gates_of_heads_are_cut_as_their_heads() -> None:
+    gated = dataclasses.replace(ATTENTION, output_gate=OutputGate.PER_HEAD)
+    halved = dataclasses.replace(gated, num_heads=2)
+    teacher, student = (
+        define(of_blocks(dataclasses.replace(DENSE, mixer=mixer))) for mixer in (gated, halved)
+    )
+    cut = student_cuts(teacher, student, chosen=(0,))["layers/0/mixer/output_gate/weight"]
+    # The first query head of each key-value head.
+    np.testing.assert_array_equal(cut.indices[1], [0, 2])
 
 
 @pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (1, 2), (2, 1)])
@@ -392,6 +407,11 @@ class Doubled(MlpConfig):
             mixed(qk_norm=QkNorm.NONE),
             {},
             r"layer 2 of the teacher, .* differ in qk_norm: none here and per_head there",
+        ),
+        (
+            mixed(output_gate=OutputGate.PER_HEAD),
+            {},
+            r"layer 2 of the teacher, .* differ in output_gate: per_head here and none there",
         ),
         (mixed(biases=Biases.NONE), {}, r"the teacher has layers/2/mixer/key/bias, without which"),
         (

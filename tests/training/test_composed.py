@@ -113,7 +113,7 @@ def test_what_is_not_a_matrix_of_a_layer_is_not_for_muon_and_what_is_looked_up_d
     groups = parameter_groups(OptimConfig(kind=Optimizer.MUON), define(CONFIG).params)
     names = {path.split("/", 4)[4] if path.startswith("segments/") else path: path for path in groups}
     decaying = {name for name, path in names.items() if groups[path].weight_decay}
-    matrices = {f"mixer/{name}/weight" for name in ("query", "key", "value", "output")}
+    matrices = {f"mixer/{name}/weight" for name in ("query", "key", "value", "output", "output_gate")}
     matrices |= {f"ffn/{name}/weight" for name in ("up", "down")} | {
         f"ffn/experts/{name}" for name in ("gate", "up", "down")
     }

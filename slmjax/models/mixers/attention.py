@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
-from slmjax.config import ConfigError
+from slmjax.config import ConfigError, added_field
 from slmjax.models.layers import ArrayFunction, Linear, ModelDims, Norm
 from slmjax.models.protocols import CachingMixer, MixerConfig
 from slmjax.models.rope import LongScaling, RopeScaling, rotary, sequence_lengths
@@ -43,6 +43,15 @@ class Biases(enum.Enum):
     ALL = "all"
 
 
+class OutputGate(enum.Enum):
+    """Gates of what heads return, before the output projection (Qiu et al. 2025)."""
+
+    # A head that finds nothing can close its gate, instead of attending to the first token.
+    NONE = "none"
+    PER_HEAD = "per_head"  # one gate for each head
+    PER_ELEMENT = "per_element"  # one for each dim of each head (Qwen3-Next)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig(MixerConfig):
     """Softmax attention."""
@@ -62,6 +71,8 @@ class AttentionConfig(MixerConfig):
     softcap: float | None = None  # bound of the scores, by a tanh (none: unbounded)
     # Heads with nothing to attend to otherwise put their weight on the first tokens (Xiao et al. 2023).
     sinks: bool = False  # a learned score per head that takes part in the softmax without a value (GPT-OSS)
+    # multiply what heads return with the sigmoid of a projection of the layer's input
+    output_gate: OutputGate = added_field(OutputGate.NONE, before=OutputGate.NONE)
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.kv_heads < 1 or self.num_heads % self.kv_heads:
@@ -277,6 +288,15 @@ def join(cache: Any, new: Any) -> Any:
     )
 
 
+def gated_heads(heads: Float[Array, "B T N H"], gates: Float[Array, "B T G"]) -> Float[Array, "B T N H"]:
+    """Return what heads return times the sigmoid of their gates, computed in float32.
+
+    G is N for a gate per head, and N H for a gate per dim of each head, in the order of the heads.
+    """
+    gates_BTNG = gates.astype(jnp.float32).reshape(*heads.shape[:3], -1)
+    return (heads.astype(jnp.float32) * jax.nn.sigmoid(gates_BTNG)).astype(heads.dtype)
+
+
 class Attention(CachingMixer):
     """Grouped-query softmax attention."""
 
@@ -302,6 +322,13 @@ class Attention(CachingMixer):
         self.key_norm = self._norm(dims, config.kv_heads)
         # A sink of 0 acts as one more key with the score 0.
         self.sinks = nnx.Param(jnp.zeros((config.num_heads,), jnp.float32)) if config.sinks else None
+        # Drawn last: the other initial weights do not depend on it.
+        num_gates = {
+            OutputGate.NONE: 0,
+            OutputGate.PER_HEAD: config.num_heads,
+            OutputGate.PER_ELEMENT: config.num_heads * head_dim,
+        }[config.output_gate]
+        self.output_gate = Linear(dims.embed_dim, num_gates, **linear_kwargs) if num_gates else None
         self.cache_quantizer: ArrayFunction | None = nnx.data(None)
 
     def __call__(
@@ -359,6 +386,8 @@ class Attention(CachingMixer):
                 **settings,
             )
             state = written
+        if self.output_gate is not None:
+            mixed = gated_heads(mixed, self.output_gate(x))
         batch, length = positions.shape
         return self.output(mixed.reshape(batch, length, -1)), state
 

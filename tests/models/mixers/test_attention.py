@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from slmjax.models.layers import ModelDims, NormKind
-from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
+from slmjax.models.mixers.attention import AttentionConfig, Biases, OutputGate, QkNorm, gated_heads
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import partition_spec
 
@@ -159,9 +159,56 @@ def test_a_sink_takes_a_fraction_of_the_softmax():
     np.testing.assert_allclose(attend(attention, *inputs()), np.zeros((BATCH, LENGTH, WIDTH)), atol=1e-6)
 
 
+# Queries, keys and values of a head of two dims; documents of three and of two tokens.
+QUERIES = np.array([[0.1, -0.3], [0.3, 0.4], [-0.5, 0.6], [0.7, -0.6], [0.9, 1.0]], np.float32)
+KEYS = np.array([[0.2, 0.1], [-0.4, 0.3], [0.6, -0.5], [0.8, 0.7], [-1.0, 0.9]], np.float32)
+VALUES = np.array([[1.0, 0.5], [-0.5, 2.0], [1.5, -1.0], [-2.0, 0.3], [0.4, -0.7]], np.float32)
+
+
+def test_an_output_gate_has_the_values_of_a_calculation_by_hand():
+    """A gate for each element, equal to the keys; the last two rows without the boundary before them."""
+    attention = AttentionConfig(
+        num_heads=1, head_dim=2, rope_base=None, output_gate=OutputGate.PER_ELEMENT
+    ).build(dataclasses.replace(DIMS, embed_dim=6), rngs=nnx.Rngs(params=0))
+    parts = np.eye(6, dtype=np.float32).reshape(6, 3, 2)
+    # The input is queries, keys and values side by side.
+    for linear, part in ((attention.query, 0), (attention.key, 1), (attention.value, 2)):
+        linear.weight[...] = parts[:, part]
+    attention.output_gate.weight[...] = parts[:, 1]
+    attention.output.weight[...] = parts[:, 0].T
+    x = np.concatenate([QUERIES, KEYS, VALUES], axis=1)[None]
+    segments = np.array([[1, 1, 1, 2, 2]], np.int32)
+    packed = attend(attention, x, segments, np.array([[0, 1, 2, 0, 1]], np.int32))[0, :, :2]
+    expected = [
+        [0.549834, 0.2624896],
+        [0.1109651, 0.7028273],
+        [0.2858756, 0.3149787],
+        [-1.379949, 0.2004563],
+        [-0.3648108, 0.0226525],
+    ]
+    np.testing.assert_allclose(packed, expected, atol=2e-6)
+    whole = attend(attention, x, np.ones_like(segments), np.arange(5, dtype=np.int32)[None])[0, :, :2]
+    np.testing.assert_allclose(whole[3:], [[0.149366, 0.0941904], [-0.1076499, 0.1657086]], atol=2e-6)
+
+
+def test_a_gate_for_each_head_multiplies_all_its_dims():
+    heads = np.arange(1.0, 13.0, dtype=np.float32).reshape(1, 2, 2, 3)
+    # sigmoid(log 3) = 3 / 4, and a very negative gate is closed.
+    gates = np.array([[[math.log(3.0), 0.0], [-1e4, 1e4]]], np.float32)
+    factors = np.array([[[0.75, 0.5], [0.0, 1.0]]], np.float32)
+    gated = gated_heads(jnp.asarray(heads), jnp.asarray(gates))
+    np.testing.assert_allclose(gated, heads * factors[..., None], rtol=1e-6)
+
+
 def test_a_norm_of_all_heads_with_sharded_heads():
     """Values and gradients of means over several devices equal one device; 2 kv heads do not divide by 4."""
-    config = AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=QkNorm.ALL_HEADS, sinks=True)
+    config = AttentionConfig(
+        num_heads=4,
+        num_kv_heads=2,
+        qk_norm=QkNorm.ALL_HEADS,
+        sinks=True,
+        output_gate=OutputGate.PER_ELEMENT,
+    )
     dims = dataclasses.replace(DIMS, norm_kind=NormKind.LAYER)
     graphdef, state = nnx.split(config.build(dims, rngs=nnx.Rngs(params=0)))
     draw = np.random.default_rng(0)
@@ -186,8 +233,21 @@ def test_a_norm_of_all_heads_with_sharded_heads():
 
 # Decoding ---------------------------------------------------------------------------------------------------
 ODD = {
-    "full": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "rotary_dim": 2, "qk_norm": QkNorm.PER_HEAD},
-    "window": {"num_heads": 2, "window": 4, "softcap": 2.0, "sinks": True},
+    "full": {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 4,
+        "rotary_dim": 2,
+        "qk_norm": QkNorm.PER_HEAD,
+        "output_gate": OutputGate.PER_ELEMENT,
+    },
+    "window": {
+        "num_heads": 2,
+        "window": 4,
+        "softcap": 2.0,
+        "sinks": True,
+        "output_gate": OutputGate.PER_HEAD,
+    },
 }
 
 
