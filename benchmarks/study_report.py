@@ -4,12 +4,15 @@
 
 The runs are synthetic: run directories with the files and log records of a training, one record a step and
 20 evaluations. The time is that of `slmjax report STUDY_DIR` in this process, without its imports: reading
-all logs, drawing the page and the picture of the verdicts, writing all files.
+all logs, drawing the page and the picture of the verdicts, writing all files. It is measured with an empty
+cache, as for the first report on a machine, and again; the seconds of the processor do not depend on what
+else the machine does.
 """
 
 import argparse
+import dataclasses
 import json
-import math
+import os
 import random
 import tempfile
 import time
@@ -23,6 +26,7 @@ from slmjax.studies.questions import Question
 from slmjax.studies.report import study_report, write_report_files
 from slmjax.studies.statistics.results_table import Rules
 from slmjax.studies.study import MEMBERS, Member
+from slmjax.telemetry.report.charts import drawing_code
 from slmjax.telemetry.run_directory import RunLog
 from slmjax.training.recipes import nano
 
@@ -89,16 +93,28 @@ def _write_run(
     return {**about, "result": result, "evaluation": {}}
 
 
-def measure(directory: Path) -> tuple[float, float, dict[str, int]]:
-    """Return the seconds of reading the study and of writing its files, and the bytes of each file."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One report."""
+
+    reading: float  # seconds
+    writing: float
+    processor: float  # seconds of the processor in all
+    sizes: dict[str, int]  # bytes of each file
+
+
+def measure(directory: Path) -> Measured:
+    """Measure reading the study and writing its files."""
     begin = time.perf_counter()
+    processor = time.process_time()
     report = study_report(directory)
     middle = time.perf_counter()
     page = write_report_files(report, directory)
     end = time.perf_counter()
+    processor = time.process_time() - processor
     names = ("report.html", "report.json", "report.md", "report.tex", "report.csv", "verdicts.svg")
     sizes = {name: (page.parent / name).stat().st_size for name in names}
-    return middle - begin, end - middle, sizes
+    return Measured(reading=middle - begin, writing=end - middle, processor=processor, sizes=sizes)
 
 
 def main() -> None:
@@ -109,17 +125,22 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="where to leave the study (none: nowhere)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        directory = args.directory or Path(temporary)
+        os.environ["SLMJAX_CACHE"] = str(Path(temporary) / "cache")
+        directory = args.directory or Path(temporary) / "study"
         write_study(directory, arms=args.arms, seeds=args.seeds, steps=args.steps)
-        reading, writing, sizes = measure(directory)
-    seconds = reading + writing
-    print(f"{args.arms * args.seeds} runs of {args.steps:,} steps: {reading:.1f} s to read, ", end="")
-    print(f"{writing:.1f} s to draw and write, {seconds:.1f} s in all (at most {MOST_SECONDS})")
-    for name, size in sizes.items():
+        first = measure(directory)
+        drawing_code.cache_clear()
+        again = measure(directory)
+    print(f"{args.arms * args.seeds} runs of {args.steps:,} steps, at most {MOST_SECONDS} s:")
+    for name, measured in (("first report", first), ("second", again)):
+        seconds = measured.reading + measured.writing
+        print(f"  {name}: {measured.reading:.1f} s to read, {measured.writing:.1f} s to draw and write, ", end="")
+        print(f"{seconds:.1f} s in all, {measured.processor:.1f} s of the processor")
+    for name, size in first.sizes.items():
         print(f"  {name}: {size:,} bytes")
-    is_small = sizes["report.html"] <= MOST_BYTES
+    is_small = first.sizes["report.html"] <= MOST_BYTES
     print(f"page of at most {MOST_BYTES:,} bytes: {'yes' if is_small else 'NO'}")
-    assert is_small and math.isfinite(seconds)
+    assert is_small and first.processor < MOST_SECONDS
 
 
 if __name__ == "__main__":

@@ -270,11 +270,17 @@ def _read_runs(
         if path is None:
             continue
         try:
-            runs[member.arm, member.seed] = read_run(path)
+            runs[member.arm, member.seed] = _for_curves(read_run(path))
         # One damaged run must not hide the others.
         except (ValueError, OSError) as error:
             notes.append(f"{member.arm}, seed {member.seed}: left out of curves and settings ({error}).")
     return runs, notes
+
+
+def _for_curves(run: RunRecords) -> RunRecords:
+    """Return a run without what no curve shows: the logs of many long runs would fill the memory."""
+    train = [{"step": record["step"], "loss": record.get("loss")} for record in run.train]
+    return dataclasses.replace(run, train=train, samples=[])
 
 
 def _with_plan(arm: ArmReport, planned: Planned, counted: Mapping[str, float]) -> ArmReport:

@@ -6,12 +6,16 @@
 Long runs are thinned: a chart shows at most a thousand records of the log, always including the last.
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from slmjax.atomic_files import write_text
+from slmjax.startup import cache_directory
 from slmjax.telemetry.report.reading import RunRecords, number
 
 POINTS = 1000  # most points of a line
@@ -536,6 +540,23 @@ def png(chart: Chart) -> bytes:
 
 @functools.cache
 def drawing_code(snippet: str) -> str:
-    """Return the JavaScript that draws charts in a page: Vega, Vega-Lite, vega-embed and `snippet`."""
-    make: Callable[[str], str] = converter().javascript_bundle
-    return make(snippet)
+    """Return the JavaScript that draws charts in a page: Vega, Vega-Lite, vega-embed and `snippet`.
+
+    Bundling it takes seconds, so that it is kept in the cache directory, with its hash.
+    """
+    package = converter()
+    name = hashlib.sha256(f"{package.__version__} {snippet}".encode()).hexdigest()[:16]
+    path = cache_directory() / "drawing" / f"{name}.js"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        digest, _, kept = path.read_text(encoding="utf-8").partition("\n")
+        # What a page runs must be what was bundled.
+        if digest == _digest(kept):
+            return kept
+    code: str = package.javascript_bundle(snippet)
+    with contextlib.suppress(OSError):  # without a place for it, the next report takes seconds again
+        write_text(path, f"{_digest(code)}\n{code}")
+    return code
+
+
+def _digest(code: str) -> str:
+    return f"// sha256 {hashlib.sha256(code.encode()).hexdigest()}"
