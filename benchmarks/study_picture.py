@@ -1,15 +1,20 @@
-"""The picture and the table of verdicts of the README, from what `experiments/LOG.md` records of a study.
+"""The picture and the table of verdicts of the README, of a shipped study or from `experiments/LOG.md`.
 
-pip install -e '.[plot]'
-python benchmarks/study_picture.py docs/distillation-study.svg      # writes the picture, prints the table
+    pip install -e '.[plot]'
+    python benchmarks/study_picture.py docs/study-verdicts.svg experiments/results/schedule
+    python benchmarks/study_picture.py docs/distillation-study.svg
+
+Each writes the picture and prints the table: the first of the report.json in a directory, which may be that
+of a study; the second of the entry of the log on distillation.
 """
 
+import argparse
 import dataclasses
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
+from slmjax.studies.report import forest_picture, study_report, verdicts_markdown
 from slmjax.telemetry.report.charts import converter, theme
 
 LOG = Path(__file__).resolve().parent.parent / "experiments" / "LOG.md"
@@ -113,13 +118,29 @@ def specification(arms: list[RecordedArm]) -> dict[str, Any]:
     }
 
 
-def main(picture: Path) -> None:
+def of_study(directory: str | Path) -> tuple[str, str]:
+    """Return the picture of a study as SVG, and its table of verdicts in Markdown."""
+    report = study_report(directory)
+    return forest_picture(report).decode("utf-8"), verdicts_markdown(report)
+
+
+def of_log() -> tuple[str, str]:
+    """Return picture and table of the entry of the log."""
     arms = recorded_arms()
     config = {**theme(dark=False), "background": "white", "font": "Helvetica, Arial, sans-serif"}
     svg = converter().vegalite_to_svg(specification(arms), config=config)
-    picture.write_text(svg + "\n", encoding="utf-8")
-    print(verdict_table(arms))
+    return f"{svg}\n", verdict_table(arms)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("picture", type=Path, help="SVG file to write")
+    parser.add_argument("study", nargs="?", help="directory with report.json (none: the log's entry)")
+    args = parser.parse_args()
+    svg, table = of_log() if args.study is None else of_study(args.study)
+    args.picture.write_text(svg, encoding="utf-8")
+    print(table, end="")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

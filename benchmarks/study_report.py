@@ -134,7 +134,10 @@ def main() -> None:
     print(f"{args.arms * args.seeds} runs of {args.steps:,} steps, at most {MOST_SECONDS} s:")
     for name, measured in (("first report", first), ("second", again)):
         seconds = measured.reading + measured.writing
-        print(f"  {name}: {measured.reading:.1f} s to read, {measured.writing:.1f} s to draw and write, ", end="")
+        print(
+            f"  {name}: {measured.reading:.1f} s to read, {measured.writing:.1f} s to draw and write, ",
+            end="",
+        )
         print(f"{seconds:.1f} s in all, {measured.processor:.1f} s of the processor")
     for name, size in first.sizes.items():
         print(f"  {name}: {size:,} bytes")

@@ -13,6 +13,7 @@ def report_command(argv: Sequence[str]) -> int:
 
     slmjax report RUN_DIR
     slmjax report STUDY_DIR [--log [--write]]
+    slmjax report STUDY_DIR --no-page --output experiments/results/NAME
 
     The report of a study has tables for texts, too, and report.json, from which it can be written again
     without the runs.
@@ -26,6 +27,8 @@ def report_command(argv: Sequence[str]) -> int:
         output: str | None = None
         # also write the charts as PNG files, to plots/ in the run directory
         images: bool = True
+        # of a study: also write report.html; without it, --output has what a repository keeps of a study
+        page: bool = True
         # print the entry of a study for a log of questions, such as experiments/LOG.md
         log: bool = False
         # with --log, also insert it above the other entries of the log file
@@ -64,7 +67,8 @@ def _report_study(args: Any) -> int:
         # Of several studies, each has a directory of its own in the one that is written to.
         several = directory != Path(args.directory)
         parent = Path(args.output) if args.output is not None else Path(args.directory)
-        page = write_report_files(report, parent / directory.name if several else parent)
+        target = parent / directory.name if several else parent
+        page = write_report_files(report, target, with_page=args.page)
         entry = log_entry(report) if args.log else None
         if args.write:
             insert_entry(str(entry), args.log_file)

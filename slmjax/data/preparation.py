@@ -34,7 +34,7 @@ from slmjax.data.parts import Parts
 from slmjax.data.scored import is_all_scored
 from slmjax.data.shards import FORMAT_VERSION, TokenShards
 from slmjax.data.sources import changed_fields, combined_hash
-from slmjax.data.splitting import HELDOUT, TRAIN, SplitRule, split_document, split_rule
+from slmjax.data.splitting import HELDOUT, TRAIN, SplitRule, little_text_note, split_document, split_rule
 from slmjax.data.tokenizers import Reads, Tokenizer, TokenizerConfig
 
 log = logging.getLogger(__name__)
@@ -111,18 +111,9 @@ def _report_split(train: TokenShards, heldout: TokenShards, data: DataConfig) ->
     """Log that the end of each document is held out, if the user did not ask for it, or that little is."""
     held_out = heldout.manifest.num_bytes
     total = held_out + train.manifest.num_bytes
-    # Documents are drawn by a hash: where few are large, the part that is held out may be anything.
-    if held_out < data.heldout_fraction * total / 4:
-        log.warning(
-            "%s: only %s of %s bytes (%.2g%%) are held out, and not %g%%: its documents are few or of very "
-            "different lengths, and results on so little text are noise. --data.split tail holds out the end "
-            "of each document",
-            train.manifest.source_name,
-            f"{held_out:,}",
-            f"{total:,}",
-            100 * held_out / total,
-            100 * data.heldout_fraction,
-        )
+    name = train.manifest.source_name
+    if note := little_text_note(name, held_out=held_out, total=total, fraction=data.heldout_fraction):
+        log.warning("%s", note)
     if train.manifest.split_rule != SplitRule.BOUNDARY.value:
         return
     which = "its one document" if len(train) == 1 else f"each of its {len(train)} documents"

@@ -46,6 +46,25 @@ def is_held_out(key: str, fraction: float) -> bool:
     )
 
 
+def little_text_note(source: str, *, held_out: int, total: int, fraction: float) -> str:
+    """Return a sentence if far less of a source is held out than the fraction asked for; empty otherwise.
+
+    Args:
+      source: its name.
+      held_out: bytes.
+      total: bytes of both sides.
+      fraction: `DataConfig.heldout_fraction`.
+    """
+    # Documents are drawn by a hash: where few are large, the part that is held out may be anything.
+    if held_out >= fraction * total / 4:
+        return ""
+    return (
+        f"{source}: only {held_out:,} of {total:,} bytes ({100 * held_out / total:.2g}%) are held out, and "
+        f"not {100 * fraction:g}%: its documents are few or of very different lengths, and results on so "
+        "little text are noise. --data.split tail holds out the end of each document"
+    )
+
+
 def split_rule(source: SourceConfig, data: DataConfig) -> SplitRule:
     """Return how a source is split; reads its documents until both sides have one.
 

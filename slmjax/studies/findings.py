@@ -20,7 +20,7 @@ from slmjax.atomic_files import write_text
 from slmjax.config import dumps, read_file
 from slmjax.stored_json import check_object, parse_json
 from slmjax.studies.caveats import budget_notes, data_notes, lost_text_notes, member_notes, noise_notes
-from slmjax.studies.heldout_text import TextUncertainty, text_uncertainty
+from slmjax.studies.heldout_text import TextUncertainty, little_text_notes, text_uncertainty
 from slmjax.studies.questions import Outcomes, Pair, Question
 from slmjax.studies.statistics.power import smallest_resolved
 from slmjax.studies.statistics.proportions import exact_interval
@@ -180,6 +180,7 @@ def analyze_members(question: Question, members: Sequence[Member]) -> Findings:
         *member_notes(outcomes),
         *of_budget,
         *lost_text_notes(outcomes),
+        *little_text_notes(members),
         *noise_notes(outcomes, judged),
     )
     return Findings(

@@ -1,6 +1,7 @@
 """The uncertainty of a study's held-out text, compared with that of its seeds.
 
     text_uncertainty(question, members)            # for each comparison whose runs keep the loss by document
+    little_text_notes(members)                     # caveats
 
 Seeds say how the difference would vary with other seeds on the same text; documents say how it would vary
 with other text of the same kind. It follows from both which is worth buying: more seeds or more text.
@@ -9,10 +10,13 @@ with other text of the same kind. It follows from both which is worth buying: mo
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from slmjax.data import provenance
+from slmjax.data.splitting import HELDOUT, little_text_note
 from slmjax.evaluation.document_sums import DocumentSums, read_document_sums
 from slmjax.studies.questions import Pair, Question
 from slmjax.studies.statistics.documents import DifferenceSources, difference_sources
@@ -90,3 +94,30 @@ def _uncertainty(
             arm, against, weights.astype(np.float64), confidence=question.rules.confidence
         ),
     )
+
+
+def little_text_notes(members: Sequence[Member]) -> list[str]:
+    """Return a note for each source of which far less is held out than its runs asked for."""
+    # The first member of an arm stands for all: their text is the same.
+    first = {member.arm: member for member in reversed(members) if member.status == FINISHED}
+    notes = (note for member in first.values() for note in _little_text(member))
+    return list(dict.fromkeys(notes))
+
+
+def _little_text(member: Member) -> Iterator[str]:
+    directory = Path(str(member.result.get("run_dir", "")))
+    try:
+        record = provenance.read_record(directory) or []
+        settings = provenance.read_settings(directory).get("data") or {}
+    except (ValueError, FileNotFoundError) as error:
+        log.warning("%s", error)
+        return
+    fraction = settings.get("heldout_fraction")
+    for entry in record:
+        held_out = entry.get(HELDOUT)
+        # Runs of early versions recorded less.
+        if held_out is None or not isinstance(fraction, float):
+            continue
+        sizes = {"held_out": held_out["bytes"], "total": held_out["bytes"] + entry["bytes"]}
+        if note := little_text_note(entry["source"], **sizes, fraction=fraction):
+            yield f"{note}."

@@ -200,6 +200,7 @@ def _with_costs(arm: ArmReport, index: int) -> ArmReport:
         "parameters": 610_304.0 * (1 + index % 3),
         "flops": 1.23e13 * (1 + 0.4 * index),
         "tokens": 614_400.0,
+        "training_seconds": 48.0 + 18 * index,
         "seconds": 61.0 + 20 * index,
         "tokens_per_second": 10_000.0 - 900 * index,
         "memory_bytes": 212e6 + 1e7 * index,

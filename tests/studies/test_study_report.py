@@ -4,50 +4,45 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from slmjax import config
-from slmjax.checkpoints.model_file import write_model_file
-from slmjax.cli import main
-from slmjax.studies import analyze, read_findings, run_study, write_findings
-from slmjax.studies.costs import arm_cost
 from slmjax.studies.report import (
     StudyReport,
     forest_picture,
-    gather,
     insert_entry,
     log_entry,
     read_report,
     report_of,
-    study_report,
     write_from_data,
     write_report_files,
     write_study_report,
-    write_tuned,
 )
 from slmjax.studies.report.charts import tradeoffs
 from slmjax.studies.report.curves import POINTS, curve_charts
-from slmjax.studies.report.documents import latex, latex_text, markdown, members_csv
+from slmjax.studies.report.data import printable
+from slmjax.studies.report.documents import latex, latex_text, markdown, members_csv, verdicts_csv
 from slmjax.studies.report.page import study_page
-from slmjax.studies.report.pareto import Choice, pareto_front
-from slmjax.studies.report.planned import read_planned
-from slmjax.studies.report.sentences import losers, short_summary, summary
-from slmjax.studies.report.verdict_charts import LONGEST_INTERVAL, forest_chart
-from slmjax.studies.study_directory import StudyDirectory
-from slmjax.studies.tuning import TriedRate, Tuned
+from slmjax.studies.report.pareto import Choice, are_told_apart, front_text, pareto_front
+from slmjax.studies.report.sentences import answer_text, losers, short_summary, summary, verdict_text
+from slmjax.studies.report.verdict_charts import (
+    LONGEST_INTERVAL,
+    PAIRS_ROW,
+    ROW,
+    forest_chart,
+    pairs_chart,
+)
 from slmjax.telemetry.report.charts import COLOURS, DARK_COLOURS
 from slmjax.telemetry.report.reading import read_run
 from tests.browser import holds, installed_browser, look_in_frame
 from tests.studies.sample_findings import ODD_NAMES, sample_findings, sample_report
-from tests.studies.stub import StubTrainer, study
-from tests.studies.stub import experiment as stub_experiment
 from tests.written_run import write_run
 
 # What every page shows, and what only reports with runs have.
@@ -79,6 +74,7 @@ def test_report_json_is_enough_for_all_files(report: StudyReport, written: Path,
     names = {path.name for path in written.iterdir()}
     assert names == {f"report.{kind}" for kind in ("html", "json", "md", "tex", "csv")} | {
         "verdicts.csv",
+        "verdicts.md",
         "verdicts.svg",
     }
     for name in names:
@@ -162,6 +158,41 @@ def test_a_picture_of_names_with_characters_that_no_image_has(report: StudyRepor
     assert "wide\ufffd or\ufffd \ufffd\ufffd" in forest_picture(named, "svg").decode()
 
 
+def test_no_text_lies_on_a_line_or_an_interval(report: StudyReport) -> None:
+    """Texts of a row end above its interval, its part of the line at zero, and its band."""
+    chart = forest_chart(report)
+    pairs = pairs_chart(report)
+    assert chart is not None and pairs is not None
+    for height, layers in ((ROW, chart.spec["layer"]), (PAIRS_ROW, pairs.spec["layer"])):
+        marks = [layer["mark"] for layer in layers]
+        # The arrow of an interval that is cut is a character on that interval.
+        texts = [mark for mark in marks if mark["type"] == "text" and mark.get("fontSize", 0) < 14]
+        lowest = max(mark["yOffset"] + mark["fontSize"] / 2 for mark in texts)
+        highest = min(mark["yOffset"] - mark["fontSize"] / 2 for mark in texts)
+        drawn = [mark for mark in marks if mark["type"] != "text"]
+        tops = [mark["yOffset"] - half_height(mark) for mark in drawn]
+        bottoms = [mark["yOffset"] + half_height(mark) for mark in drawn]
+        assert lowest <= min(tops) and max(bottoms) <= height + highest
+        # A line through all rows would have no row of its own.
+        assert all("y" in layer["encoding"] or layer["mark"]["type"] in ("rule", "point") for layer in layers)
+
+
+def half_height(mark: dict[str, Any]) -> float:
+    if mark["type"] == "point":
+        return math.sqrt(mark["size"]) / 2
+    return (mark["size"] if mark["type"] == "tick" else mark["strokeWidth"]) / 2
+
+
+def test_the_picture_can_be_read_on_a_page_of_800_pixels(report: StudyReport) -> None:
+    picture = forest_picture(report).decode()
+    assert 'width="800"' in picture and 'fill="white"' in picture
+    # The title does not take its space from the rows.
+    [height] = re.findall(r'<svg[^>]* height="(\d+)"', picture)
+    assert int(height) >= ROW * len(report.comparisons) + 60
+    sizes = [float(size) for size in re.findall(r'font-size="([\d.]+)px"', picture)]
+    assert sizes and min(sizes) >= 12
+
+
 def test_the_picture_names_verdicts_in_words(report: StudyReport) -> None:
     picture = forest_picture(report).decode()
     assert picture.startswith("<svg") and "<script>" not in picture
@@ -190,7 +221,58 @@ def test_pareto_front_by_hand() -> None:
 
 def test_costs_that_are_equal_have_no_chart(report: StudyReport) -> None:
     names = [chart.name for chart, _ in tradeoffs(report)]
-    assert names == ["cost-parameters", "cost-flops", "cost-seconds", "cost-deployed_bytes"]
+    assert names == ["cost-parameters", "cost-flops", "cost-training_seconds", "cost-deployed_bytes"]
+
+
+def with_seconds(report: StudyReport, seconds: tuple[float, ...], error: float) -> StudyReport:
+    arms = tuple(
+        dataclasses.replace(
+            arm,
+            costs={"seconds": 100.0, "training_seconds": each},
+            cost_errors=(("training_seconds", error),),
+        )
+        for arm, each in zip(report.arms, seconds, strict=True)
+    )
+    return dataclasses.replace(report, arms=arms)
+
+
+def test_seconds_that_differ_by_chance_have_no_chart(report: StudyReport) -> None:
+    seconds = (50.0, 51.0, 54.0, 58.0, 60.0)
+    assert [chart.name for chart, _ in tradeoffs(with_seconds(report, seconds, 1.0))] == [
+        "cost-training_seconds"
+    ]
+    assert not tradeoffs(with_seconds(report, seconds, 4.0))
+
+
+def test_a_pareto_front_names_the_arms_that_are_not_told_apart() -> None:
+    report = sample_report(NAMES)
+    choices = [
+        Choice("base", cost=1.0, quality=1.700),
+        Choice("deep", cost=2.0, quality=1.650),
+        Choice("wide", cost=3.0, quality=1.740),
+        Choice("narrow", cost=1.0, quality=1.699),
+    ]
+    # The pooled noise is 0.0034, so that means of 3 seeds differ from 0.0064 on: those of narrow and deep do.
+    assert front_text(report, choices, cost="FLOPs") == (
+        "Pareto front over FLOPs, by the means: narrow, deep. Not told apart in bits per byte: base and "
+        "narrow."
+    )
+    resolved = [choice for choice in choices if choice.name != "narrow"]
+    assert front_text(report, resolved, cost="FLOPs") == "Pareto front over FLOPs: base, deep."
+    nothing = [choices[0], choices[3]]
+    assert "not resolved. By the means it is narrow" in front_text(report, nothing, cost="FLOPs")
+    # The verdict counts where two arms were compared, whatever their means.
+    assert are_told_apart(report, "base", "wide") and not are_told_apart(report, "odd", "base")
+    assert are_told_apart(report, "wide", "deep")
+    quiet = dataclasses.replace(report, noise=None)
+    assert not are_told_apart(quiet, "wide", "deep")
+
+
+def test_points_have_letters_that_are_no_part_of_a_name() -> None:
+    names = tuple(f"{index} layers" for index in range(1, 29))
+    chart, _ = tradeoffs(sample_report(names))[0]
+    assert (chart.labels[0], chart.labels[26]) == ("A: 1 layers", "AA: 27 layers")
+    assert [row["letter"] for row in chart.spec["data"]["values"]][24:] == ["Y", "Z", "AA", "AB"]
 
 
 def test_curves_are_means_with_the_lowest_and_highest_run(tmp_path: Path) -> None:
@@ -241,6 +323,7 @@ def test_latex_text_by_hand() -> None:
     assert latex_text("50% of a_b & c^2 #1 {x} ~ \\y $") == (
         r"50\% of a\_b \& c\textasciicircum{}2 \#1 \{x\} \textasciitilde{} \textbackslash{}y \$"
     )
+    assert latex_text("*a --b `c [d]") == r"{*}a {-}{-}b \textasciigrave{}c {[}d{]}"
     assert latex_text("−0.1 ± 0.2\ncafé 名") == r"$-$0.1 $\pm$ 0.2 café {[}U$+$540D{]}"
 
 
@@ -258,6 +341,37 @@ def test_csv_has_every_run_unrounded(report: StudyReport) -> None:
     assert [row["arm"] for row in rows] == [name for name in ODD_NAMES for _ in range(3)]
     values = {(row["arm"], int(row["seed"])): float(row["bits_per_byte"]) for row in rows}
     assert values == {(member.arm, member.seed): member.metrics["bits_per_byte"] for member in report.members}
+
+
+def test_no_spreadsheet_takes_a_name_for_a_formula(report: StudyReport) -> None:
+    names = ("=1+2", "+1 layer", "-cmd|' /C calc'!A0", "@SUM(1)", "-0.5")
+    named = sample_report(names)
+    for text in (members_csv(named), verdicts_csv(named)):
+        cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]
+        formulas = [cell for cell in cells if cell.startswith(("=", "+", "@")) or cell.startswith("-cmd")]
+        assert not formulas and "'+1 layer" in cells and "-0.5" in cells
+    # Numbers stay numbers.
+    differences = [float(row["difference"]) for row in csv.DictReader(io.StringIO(verdicts_csv(named)))]
+    assert differences == [item.difference for item in named.comparisons] and min(differences) < 0
+
+
+def test_names_that_no_format_can_hold(tmp_path: Path) -> None:
+    """Half a surrogate pair, control characters, and what is no character."""
+    names = ("base\0", "a\ud800b", "c\x1b[31md", "e\x85f\uffff", "\u202eg")
+    report = sample_report(names, question="Is it \udcff?", notes=("\x07 \ud83d",))
+    write_report_files(report, tmp_path)
+    written = read_report(tmp_path / "report.json")
+    assert [arm.name for arm in written.arms] == [
+        "base\ufffd",
+        "a\ufffdb",
+        "c\ufffd[31md",
+        "e\ufffdf\ufffd",
+        names[4],
+    ]
+    assert written == printable(report) and "Is it \ufffd?" in (tmp_path / "report.html").read_text()
+    for path in tmp_path.iterdir():
+        assert not re.search("[\x00-\x08\x1b\x7f-\x9f]", path.read_text()), path.name
+    assert "\ufffd" in log_entry(printable(report))
 
 
 # Sentences and the log --------------------------------------------------------------------------------------
@@ -303,176 +417,39 @@ def test_an_entry_of_the_log_has_its_verdict_in_the_heading(tmp_path: Path) -> N
     assert log.read_text() == entry
 
 
-# Directories ------------------------------------------------------------------------------------------------
-@pytest.fixture
-def trained(tmp_path: Path) -> Path:
-    """A study with a run that diverged and one that failed, whose directory was moved since."""
-    trainer = StubTrainer(
-        statuses={(2e-3, 2): "diverged"}, errors={(1e-3, 2): RuntimeError("<b>no memory</b>")}
+def test_an_entry_is_short_however_long_the_study() -> None:
+    names = ("base", *(f"arm {index}" for index in range(1, 9)))
+    notes = tuple(f"note {index} of a study with much to say about its runs" for index in range(40))
+    entry = log_entry(
+        sample_report(names, notes=notes, environment=(("devices", "1 x cpu"), ("processors", "2")))
     )
-    defined = study(question="How fast?", further_metrics=("calibration_error",))
-    members = run_study(defined, tmp_path / "made", train=trainer)
-    write_findings(analyze(defined, members), tmp_path / "made")
-    return (tmp_path / "made").rename(tmp_path / "moved")
+    lines = entry.splitlines()
+    assert len(lines) <= 35 and max(map(len, lines[1:])) <= 150 and "2 CPU cores" in entry
+    assert lines.count("") == 4 and entry.endswith("more notes are in the report.\n")
+    assert "Every arm: 614,400 tokens, 65.54 kB cache." in entry and "| training FLOPs |" in entry
 
 
-def test_the_report_of_a_study_directory(trained: Path) -> None:
-    page = write_study_report(trained)
-    report = read_report(trained / "report.json")
-    assert page == trained / "report.html" and report.question == "How fast?"
-    by_name = {arm.name: arm for arm in report.arms}
-    assert (by_name["slow"].failed, by_name["slow"].ended) == (1, 3)
-    assert (by_name["third"].diverged, by_name["third"].failed, by_name["third"].ended) == (1, 0, 3)
-    assert {(item.arm, item.seed): item.status for item in report.members}["third", 2] == "diverged"
-    # Runs are looked for in the directory: the recorded paths are those of before it was moved.
-    assert report.settings_of == ("slow", "fast & loose", "third")
-    assert [(item.path, item.values) for item in report.settings] == [
-        ("optim.lr", ("0.001", "0.002", "0.002"))
-    ]
-    # The stub has one evaluation on part of the text, of which there is no line to draw.
-    assert not report.curves
-    assert "<b>no memory" not in page.read_text() and "c0ffee" in page.read_text()
-
-
-def test_a_study_in_progress_has_the_findings_of_what_has_ended(tmp_path: Path) -> None:
-    defined = study(seeds=(0, 1, 2), equal_within=0.01, question="How fast?")
-    StudyDirectory.create(tmp_path, defined)
-    assert study_report(tmp_path).comparisons[0].difference is None, "nothing has ended"
-    members = run_study(defined, tmp_path, train=StubTrainer())
-    # Without findings.json, and with one that is older than the last members.
-    complete = report_of(analyze(defined, members), members).comparisons
-    assert study_report(tmp_path).comparisons == complete
-    write_findings(analyze(defined, members[:6]), tmp_path)
-    report = study_report(tmp_path)
-    assert report.comparisons == complete and report.equal_within == 0.01 and report.question == "How fast?"
-    write_findings(analyze(defined, members, changes=("one",)), tmp_path)
-    assert study_report(tmp_path).changes == ("one",)
-
-
-def test_members_of_another_experiment_do_not_count(tmp_path: Path) -> None:
-    defined = study(seeds=(0, 1, 2))
-    StudyDirectory.create(tmp_path, defined)
-    run_study(defined, tmp_path, train=StubTrainer())
-    lines = (tmp_path / "members.jsonl").read_text().splitlines()
-    record = json.loads(lines[-1])
-    (tmp_path / "members.jsonl").write_text(
-        "\n".join([*lines[:-1], json.dumps({**record, "fingerprint": "f" * 16})]) + "\n"
+def test_a_study_that_could_not_have_answered_says_so() -> None:
+    report = sample_report(NAMES, could_answer=False)
+    text = (
+        "This study could not have answered its question for odd: a difference has to be 0.012 bits per byte"
     )
-    arms = {arm.name: arm.seeds for arm in study_report(tmp_path).arms}
-    assert arms == {"slow": (0, 1, 2), "fast & loose": (0, 1, 2), "third": (0, 1)}
+    assert answer_text(report).startswith(text) and "was set to 0.01." in answer_text(report)
+    for document in (study_page(report), markdown(report), log_entry(report).replace("\n", " ")):
+        assert document.count(text) == 1
+    running = dataclasses.replace(report, expected_runs=90)
+    assert answer_text(running).startswith("The runs so far cannot answer the question for odd: a difference")
+    nothing = tuple(dataclasses.replace(item, verdict="not resolved") for item in report.comparisons)
+    assert "answered its question: a" in answer_text(dataclasses.replace(report, comparisons=nothing))
+    # A study whose comparisons are all resolved has its answer.
+    resolved = tuple(item for item in report.comparisons if item.verdict != "not resolved")
+    assert answer_text(dataclasses.replace(report, comparisons=resolved)) == ""
+    assert answer_text(dataclasses.replace(report, could_answer=True)) == ""
 
 
-def test_what_was_planned_is_shown(trained: Path) -> None:
-    """What was made equal, and the rates that were chosen."""
-    experiment = config.to_json(stub_experiment())
-    match = {"arm": "third", "quantity": "flops", "dimension": "steps", "target": 1e12, "before": 2e12}
-    match |= {"after": 1.005e12, "value_before": 20, "value_after": 10, "tolerance": 0.01}
-    plan = {
-        "size": "large",
-        "arms": {"slow": {"experiment": experiment}, "rounded": {"derived_from": "slow"}},
-        "matched": [match, {**match, "after": 1.02e12}],
-    }
-    tuned = Tuned(
-        arm="slow",
-        metric="bits_per_byte",
-        seeds=(1000,),
-        tried=(
-            TriedRate(rate=1e-3, value=1.5, status="finished"),
-            TriedRate(rate=2e-3, value=None, status="diverged"),
-        ),
-        own_rate=1e-3,
-        rate=1e-3,
-        value=1.5,
-        is_fitted=False,
-        is_resolved=False,
-        reason="the best rate is the lowest",
-        sensitivity=0.02,
-        ceiling=3.0,
-    )
-    (trained / "plan.json").write_text(json.dumps(plan))
-    write_tuned(trained, [tuned])
-    planned = read_planned(trained)
-    assert planned.size == "large"
-    assert [(item.is_met, item.changed) for item in planned.matched] == [
-        (True, "steps 20 to 10"),
-        (False, "steps 20 to 10"),
-    ]
-    [rate] = planned.tuned
-    assert rate.tried == ((1e-3, 1.5), (2e-3, None)) and not rate.is_resolved
-    assert (rate.sensitivity, rate.text, rate.seeds) == (0.02, "the best rate is the lowest", (1000,))
-    assert planned.derived_from == {"rounded": "slow"}
-    assert planned.experiments["slow"].config == experiment
-    (trained / "plan.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"plan\.json.*restore the file"):
-        read_planned(trained)
-
-
-def test_costs_are_counted_once_from_the_settings_of_runs(trained: Path) -> None:
-    [run] = (trained / "slow" / "seed-0").iterdir()
-    write_model_file(run, dataclasses.replace(stub_experiment().model, vocab_size=512))
-    findings = read_findings(trained)
-    write_study_report(trained, findings)
-    costs = {arm.name: arm.costs for arm in read_report(trained / "report.json").arms}
-    expected = arm_cost(stub_experiment(), vocab_size=512)
-    assert costs["slow"]["flops"] == expected.flops and "flops" not in costs["third"]
-    assert costs["slow"]["deployed_bytes"] == expected.deployed_bytes
-    # What runs have measured counts more.
-    assert costs["slow"]["tokens"] == 1_064_778 and costs["slow"]["parameters"] == 1
-    before = (trained / "costs.json").read_text()
-    config_file = run / "config.json"
-    config_file.write_text(config_file.read_text().replace('"steps": 10', '"steps": 20'))
-    write_study_report(trained, findings)
-    assert (trained / "costs.json").read_text() == before, "the member is the same"
-
-
-def test_a_damaged_run_does_not_hide_the_others(trained: Path) -> None:
-    findings = analyze(study(), run_study(study(), trained, train=StubTrainer()))
-    [run] = (trained / "slow" / "seed-0").iterdir()
-    (run / "config.json").write_text("{")
-    report = gather(trained, findings)
-    assert any(note.startswith("slow, seed 0: left out of curves") for note in report.notes)
-    assert report.settings_of == ("slow", "fast & loose", "third")
-
-
-def command_output(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
-    captured = capsys.readouterr()
-    assert not stopped.value.code, captured.err
-    return captured.out
-
-
-def test_the_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command_output(capsys, "report", str(trained)).strip() == str(trained / "report.html")
-    log = tmp_path / "LOG.md"
-    log.write_text("# Log\n")
-    entry = command_output(capsys, "report", str(trained), "--log", "--write", "--log-file", str(log))
-    assert entry.startswith("## ") and "How fast?" in entry and entry.strip() in log.read_text()
-    # What is shipped of a study: its data alone, from which the rest is written elsewhere.
-    shipped = tmp_path / "shipped"
-    shipped.mkdir()
-    (trained / "report.json").rename(shipped / "report.json")
-    out = command_output(capsys, "report", str(shipped), "--output", str(tmp_path / "out"), "--json")
-    assert json.loads(out)["studies"][0]["study"] == "pace" and (tmp_path / "out" / "report.tex").is_file()
-    # A file with several studies has a directory for each.
-    (tmp_path / "studies.json").write_text(json.dumps({"size": "small", "studies": {"pace": "shipped"}}))
-    assert command_output(capsys, "report", str(tmp_path)).strip() == str(shipped / "report.html")
-    for words, problem in (
-        ([str(trained), "--write"], "use both"),
-        ([str(tmp_path / "nowhere")], "no directory that exists"),
-        ([str(log.parent / "out")], ""),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            main(["report", *words])
-        assert bool(stopped.value.code) is bool(problem) and problem in capsys.readouterr().err
-
-
-def test_without_the_extra_all_but_the_page_is_written(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "vl_convert", None)
-    assert write_study_report(trained) == trained / "report.md"
-    assert "slmjax[plot]" in caplog.text and not (trained / "report.html").exists()
+def test_what_is_not_resolved_says_why(report: StudyReport) -> None:
+    item = dataclasses.replace(report.comparisons[-1], seeds_needed=None, reason="1 seed in common")
+    assert verdict_text(report, item) == "not resolved: 1 seed in common"
 
 
 # In a browser -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     write_study_report("studies/width")                    # report.html, .json, .md, .tex, .csv
     write_from_data("report.json", "out")                  # again, from the data alone
+    write_report_files(report, "results/width", with_page=False)      # what a repository keeps
     print(log_entry(study_report("studies/width")))        # an entry of experiments/LOG.md
 
 The page, its texts and its tables are drawn from a `StudyReport`, which holds numbers and texts alone. It is
@@ -19,6 +20,7 @@ Files in reading order:
 - documents.py: Markdown, LaTeX and CSV
 - entries.py: entries of a log of questions
 - records.py: members and their run directories
+- reproducing.py: commands that train a study again
 - planned.py: what a study's directory has of its plan
 - counting.py: costs of arms
 - curves.py: learning curves over seeds
@@ -28,6 +30,7 @@ Files in reading order:
 """
 
 from slmjax.studies.report.data import StudyReport, read_report
+from slmjax.studies.report.documents import verdicts_markdown
 from slmjax.studies.report.entries import insert_entry, log_entry
 from slmjax.studies.report.files import (
     directories_of,
@@ -52,6 +55,7 @@ __all__ = [
     "read_report",
     "report_of",
     "study_report",
+    "verdicts_markdown",
     "write_from_data",
     "write_report_files",
     "write_study_report",

@@ -1,10 +1,11 @@
 """Charts of a report as Vega-Lite: learning curves, quality against cost, learning rates."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from slmjax.studies.report.data import CurveChart, StudyReport, TunedReport
-from slmjax.studies.report.pareto import Choice, pareto_front
+from slmjax.studies.report.data import ArmReport, CurveChart, StudyReport, TunedReport
+from slmjax.studies.report.pareto import Choice, front_text, pareto_front
 from slmjax.studies.report.sentences import confidence_text
 from slmjax.studies.report.tables import COSTS
 from slmjax.studies.text_tables import in_words
@@ -129,7 +130,11 @@ def _curve_domain(chart: CurveChart) -> list[float]:
 # Quality and cost -------------------------------------------------------------------------------------------
 def tradeoffs(report: StudyReport) -> list[tuple[Chart, str]]:
     """Return quality against each cost that differs between arms, and a sentence on each Pareto front."""
-    charts = [_tradeoff(report, name) for name, cost in COSTS.items() if cost.axis]
+    names = [name for name, cost in COSTS.items() if cost.axis]
+    # Wall time, with compilation and evaluations, only where the time of training is not known.
+    if all("training_seconds" in arm.costs for arm in report.arms if "seconds" in arm.costs):
+        names.remove("seconds")
+    charts = [_tradeoff(report, name) for name in names]
     return [chart for chart in charts if chart is not None]
 
 
@@ -141,17 +146,19 @@ def _tradeoff(report: StudyReport, name: str) -> tuple[Chart, str] | None:
         if arm.metric is not None
     ]
     costs = [choice.cost for choice in choices]
-    # Arms that were made equal have nothing to trade.
-    if len(choices) < 2 or max(costs) <= (1 + EQUAL_COST) * min(costs):
+    # Arms that were made equal have nothing to trade, nor have those that differ by what else a machine did.
+    if len(choices) < 2 or max(costs) - min(costs) <= max(EQUAL_COST * min(costs), _cost_noise(shown, name)):
         return None
     on_front = [choice.name for choice in pareto_front(choices, lower_is_better=report.lower_is_better)]
-    # Numbers on the points and names in the legend, which wraps: names would hide each other.
-    labels = tuple(f"{index} {choice.name}" for index, choice in enumerate(choices, start=1))
+    # Letters at the points and names in the legend, which wraps: names would hide each other, and numbers
+    # look like part of names such as "2 layers".
+    letters = [_letters(index) for index in range(len(choices))]
+    labels = tuple(f"{letter}: {choice.name}" for letter, choice in zip(letters, choices, strict=True))
     rows = []
     for index, (arm, choice) in enumerate(zip(shown, choices, strict=True)):
         interval = arm.metric.interval if arm.metric is not None else None
         low, high = interval or (choice.quality, choice.quality)
-        row = {"series": labels[index], "number": str(index + 1), "x": choice.cost, "y": choice.quality}
+        row = {"series": labels[index], "letter": letters[index], "x": choice.cost, "y": choice.quality}
         rows.append({**row, "low": low, "high": high, "is_on_front": choice.name in on_front})
     cost = COSTS[name]
     metric = in_words(report.metric)
@@ -176,11 +183,23 @@ def _tradeoff(report: StudyReport, name: str) -> tuple[Chart, str] | None:
     spec = chart_spec(rows, {"encoding": encoding, "layer": marks})
     spec["height"] = 270
     way = "lower" if report.lower_is_better else "higher"
-    about = f"{metric} ({way} is better) with {confidence_text(report)} intervals; filled: Pareto front"
+    about = f"{metric}, {way} is better, with {confidence_text(report)} intervals; filled: front of the means"
     chart = Chart(
         name=f"cost-{name}", title=f"Quality and {cost.axis}", subtitle=about, spec=spec, labels=labels
     )
-    return chart, f"Pareto front over {cost.axis}: {', '.join(on_front)}."
+    return chart, front_text(report, choices, cost=cost.axis)
+
+
+def _cost_noise(arms: Sequence[ArmReport], name: str) -> float:
+    """Return the difference of a measured cost that may be chance: two standard errors of a difference."""
+    errors = [dict(arm.cost_errors).get(name, 0.0) for arm in arms]
+    return 2 * math.sqrt(2) * max(errors)
+
+
+def _letters(index: int) -> str:
+    """Return A to Z, then AA, AB, ..."""
+    before = _letters(index // 26 - 1) if index >= 26 else ""
+    return before + chr(ord("A") + index % 26)
 
 
 def _tradeoff_marks(x: Spec, y: Spec, *, title: str, metric: str) -> list[Spec]:
@@ -218,7 +237,7 @@ def _tradeoff_marks(x: Spec, y: Spec, *, title: str, metric: str) -> list[Spec]:
         },
         {
             "mark": {"type": "text", "align": "left", "dx": 7, "dy": -8, "fontSize": 11.5, "font": FONT},
-            "encoding": {"x": x, "y": mean, "text": {"field": "number"}},
+            "encoding": {"x": x, "y": mean, "text": {"field": "letter"}},
         },
     ]
 

@@ -10,11 +10,13 @@ findings have other fields. A field that is added to them needs `config.added_fi
 
 import dataclasses
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from slmjax.atomic_files import write_text
-from slmjax.config import ConfigError, from_json, to_json
+from slmjax.config import ConfigError, added_field, from_json, to_json
 from slmjax.stored_json import read_object
 
 REPORT = "report.json"
@@ -45,6 +47,8 @@ class ArmReport:
     further_metrics: dict[str, Estimate | None] = dataclasses.field(default_factory=dict)
     # by name (`tables.COSTS`): parameters, flops, tokens, seconds, deployed_bytes, ...; without unknown ones
     costs: dict[str, float] = dataclasses.field(default_factory=dict)
+    # standard errors of the costs that vary between runs, such as seconds
+    cost_errors: tuple[tuple[str, float], ...] = added_field((), before=())
     ended: int = 0  # runs that finished, diverged, failed, or were stopped early
     diverged: int = 0
     failed: int = 0
@@ -85,6 +89,7 @@ class ComparisonReport:
     adjusted_equal_p: float | None = None
     seeds_needed: int | None = None  # to resolve what is not resolved
     further_metrics: dict[str, Estimate | None] = dataclasses.field(default_factory=dict)  # differences
+    reason: str = added_field("", before="")  # why it is not resolved, as a clause; empty if it is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,7 +217,41 @@ class StudyReport:
     notes: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     commands: tuple[str, ...] = ()  # that reproduce the study
+    correction: str = added_field("Holm", before="Holm")  # of p values for the number of comparisons
+    # whether the smallest difference worth having would be found 4 times in 5; None if that is not known
+    could_answer: bool | None = added_field(None, before=None)
     version: int = VERSION  # of report.json
+
+
+# Halves of surrogate pairs and control characters, such as those of names from elsewhere.
+_UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\ufffe\\uffff]")
+
+
+def printable(report: StudyReport, *, hidden: Mapping[str, str] | None = None) -> StudyReport:
+    """Return a report whose texts every format can hold.
+
+    Args:
+      report: the report.
+      hidden: parts of texts to replace, such as the paths of directories.
+    """
+    rewritten = _rewritten(report, hidden or {})
+    assert isinstance(rewritten, StudyReport)
+    return rewritten
+
+
+def _rewritten(value: Any, hidden: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        for part, instead in hidden.items():
+            value = value.replace(part, instead)
+        return _UNPRINTABLE.sub("\ufffd", value)
+    if isinstance(value, tuple):
+        return tuple(_rewritten(item, hidden) for item in value)
+    if isinstance(value, dict):
+        return {_rewritten(key, hidden): _rewritten(item, hidden) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{name: _rewritten(item, hidden) for name, item in fields.items()})
+    return value
 
 
 def read_report(path: str | Path) -> StudyReport:

@@ -1,13 +1,31 @@
 """A report for texts and other programs: Markdown, LaTeX, and CSV."""
 
+import contextlib
 import csv
 import io
 import re
+from collections.abc import Sequence
 
 from slmjax.studies.report.data import StudyReport
 from slmjax.studies.report.page import noise_sentences
-from slmjax.studies.report.sentences import confidence_text, losers, metric_words, progress_text, summary
-from slmjax.studies.report.tables import arms_table, costs_table, further_table, report_tables, verdicts_table
+from slmjax.studies.report.sentences import (
+    answer_text,
+    confidence_text,
+    counted,
+    losers,
+    metric_words,
+    progress_text,
+    summary,
+)
+from slmjax.studies.report.tables import (
+    arms_table,
+    costs_table,
+    further_table,
+    report_tables,
+    short_table,
+    time_note,
+    verdicts_table,
+)
 from slmjax.studies.text_tables import TextTable, in_words, markdown_tables
 
 # Markdown ---------------------------------------------------------------------------------------------------
@@ -19,18 +37,29 @@ def markdown(report: StudyReport) -> str:
     parts = [
         f"# {markdown_text(report.question or report.study)}",
         markdown_text(summary(report)),
+        markdown_text(answer_text(report)),
         markdown_text(f"{report.study}: {progress_text(report)}; {metric_words(report)}; {report.date}."),
         markdown_tables([_markdown_table(item) for item in report_tables(report)], ()).rstrip(),
         _markdown_list("What lost", losers(report)),
         _markdown_list("Power and noise", noise_sentences(report)),
         _markdown_list("Changes since the study was fixed", report.changes),
-        _markdown_list("Notes", tuple(text for text in (report.look, report.budget, *report.notes) if text)),
+        _markdown_list("Notes", _notes(report)),
         _markdown_list("Environment", tuple(f"{name}: {value}" for name, value in report.environment)),
     ]
     if report.commands:
         commands = "\n".join(f"    {command}" for command in report.commands)
         parts.append(f"## Reproduce\n\n{commands}")
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def verdicts_markdown(report: StudyReport) -> str:
+    """Return the narrow table of verdicts as Markdown, for a README."""
+    return markdown_tables([_markdown_table(short_table(report))], ()).split("\n\n", 1)[1]
+
+
+def _notes(report: StudyReport) -> tuple[str, ...]:
+    texts = (report.look, report.budget, *report.notes, time_note(report))
+    return tuple(text for text in texts if text)
 
 
 def markdown_text(text: str) -> str:
@@ -54,7 +83,7 @@ def _markdown_list(title: str, texts: list[str] | tuple[str, ...]) -> str:
 
 def _one_line(text: str) -> str:
     """Return a text without line breaks and control characters, which would end a cell or a heading."""
-    return re.sub(r"[\x00-\x1f\x7f\u2028\u2029]+", " ", text)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text)
 
 
 # LaTeX ------------------------------------------------------------------------------------------------------
@@ -75,6 +104,9 @@ _LATEX = {
     '"': r"\textquotedbl{}",
     "[": "{[}",  # at the start of a row it would be an option of the line break before it
     "]": "{]}",
+    "*": "{*}",  # there, it would be a part of that line break
+    "-": "{-}",  # two of them are a dash
+    "`": r"\textasciigrave{}",
     "−": "$-$",
     "+": "$+$",
     "±": r"$\pm$",
@@ -126,8 +158,8 @@ def latex(report: StudyReport) -> str:
     if report.comparisons:
         about = (
             f"{title} Difference of {in_words(report.metric)} to {report.baseline}, with its "
-            f"{confidence_text(report)} interval; p values adjusted for {len(report.comparisons)} "
-            "comparisons."
+            f"{confidence_text(report)} interval; p ({report.correction}) for "
+            f"{counted(len(report.comparisons), 'comparison')}."
         )
         parts.append(_latex_table(verdicts_table(report), caption=about, label=f"{label}-verdicts"))
     arms = arms_table(report)
@@ -210,9 +242,20 @@ def verdicts_csv(report: StudyReport) -> str:
     return _csv(head, rows)
 
 
-def _csv(head: list[str], rows: list[list[object]]) -> str:
+def _csv(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
+    writer.writerow(map(_csv_cell, head))
+    writer.writerows([_csv_cell(cell) for cell in row] for row in rows)
     return text.getvalue()
+
+
+def _csv_cell(cell: object) -> object:
+    """Return a cell that no spreadsheet takes for a formula: such a text has an apostrophe before it."""
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return cell
+    # An arm that is named by a negative number.
+    with contextlib.suppress(ValueError):
+        float(cell)
+        return cell
+    return f"'{cell}"

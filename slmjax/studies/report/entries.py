@@ -4,49 +4,97 @@ entry = log_entry(report)
 insert_entry(entry, "experiments/LOG.md")
 """
 
+import textwrap
 from pathlib import Path
 
 from slmjax.atomic_files import write_text
 from slmjax.studies.report.data import StudyReport
 from slmjax.studies.report.documents import markdown_text
 from slmjax.studies.report.sentences import (
+    answer_text,
     confidence_text,
+    counted,
+    losers,
     metric_words,
     progress_text,
     short_summary,
     summary,
 )
-from slmjax.studies.report.tables import arms_table, costs_table, verdicts_table
-from slmjax.studies.text_tables import TextTable, listed, markdown_tables
+from slmjax.studies.report.tables import COSTS, log_table, shared_costs
+from slmjax.studies.text_tables import TextTable, in_words, listed, markdown_tables
 
 HEADING = "## "
+WIDTH = 150  # of lines, as in experiments/LOG.md
+MOST_NOTES = 6  # caveats of an entry; the report has all
 
 
 def log_entry(report: StudyReport) -> str:
-    """Return the entry of a study: question and verdict, commands, results, and what was left open."""
+    """Return the entry of a study: question and verdict, command, results, and what was left open."""
     question = report.question or report.study
     heading = f"{HEADING}{report.date}  {markdown_text(f'{question} {short_summary(report)}')}"
-    versions = [
-        f"{name} {value}" for name, value in report.environment if name in ("commit", "jax", "devices")
-    ]
-    commands = ", ".join(f"`{command}`" for command in report.commands if command.startswith("slmjax"))
-    about = f"Command: {commands or f'none recorded for {report.study}'}"
-    about += f"; {', '.join(versions)}." if versions else "."
-    result = (
-        f"Result: {progress_text(report)}; {metric_words(report)}; seeds {listed(report.seeds)}; differences "
-        f"to {report.baseline} with their {confidence_text(report)} intervals, p adjusted for "
-        f"{len(report.comparisons)} comparisons."
-    )
-    tables = [item for item in (verdicts_table(report), arms_table(report), costs_table(report))]
-    tables = [item for item in tables if item is not None and item.rows]
-    notes = [text for text in (report.look, report.budget, *report.changes, *report.notes) if text]
+    table = log_table(report)
     parts = [
-        f"{heading}\n{about}\n{markdown_text(result)}",
-        *(_bare_table(item) for item in tables),
-        markdown_text(f"Verdict: {summary(report)}"),
-        "\n".join(f"- {markdown_text(note)}" for note in notes),
+        f"{heading}\n{_wrapped(_command(report))}\n{_wrapped(markdown_text(_result(report)))}",
+        _bare_table(table) if table.rows else "",
+        _wrapped(markdown_text(_costs(report))),
+        _wrapped(markdown_text(_verdict(report))),
+        "\n".join(_wrapped(f"- {markdown_text(note)}") for note in _notes(report)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _command(report: StudyReport) -> str:
+    trained = [command for command in report.commands if command.startswith("slmjax")]
+    about = f"Command: {', '.join(f'`{command}`' for command in trained) or f'not recorded ({report.study})'}"
+    known = dict(report.environment)
+    devices = known.get("devices", "")
+    # A CPU says little without its number of cores.
+    if "cpu" in devices and "processors" in known:
+        devices = f"{known['processors']} CPU cores"
+    versions = [f"{name} {known[name]}" for name in ("jax", "commit") if name in known]
+    return f"{'; '.join([about, ', '.join([*versions, devices])] if versions else [about])}."
+
+
+def _result(report: StudyReport) -> str:
+    return (
+        f"Result: {progress_text(report)}, seeds {listed(report.seeds)}; {metric_words(report)}, mean and "
+        f"standard deviation over seeds. Paired differences with their {confidence_text(report)} intervals; "
+        f"p ({report.correction}) for {counted(len(report.comparisons), 'comparison')}."
+    )
+
+
+def _costs(report: StudyReport) -> str:
+    """Return what all runs have in common, in a sentence."""
+    shared = shared_costs(report)
+    texts = [f"{COSTS[name].text(value)} {COSTS[name].title}" for name, value in shared.items()]
+    return f"Every arm: {', '.join(texts)}." if texts else ""
+
+
+def _verdict(report: StudyReport) -> str:
+    lost = [text for text in losers(report) if " diverged" in text or " failed" in text]
+    noise = report.noise
+    seen = (
+        f"A difference of {noise.smallest_resolved:.2g} {in_words(report.metric)} is found 4 times in 5."
+        if noise is not None and noise.smallest_resolved is not None and not answer_text(report)
+        else ""
+    )
+    return " ".join(
+        text for text in (f"Verdict: {summary(report)}", answer_text(report), seen, *lost) if text
+    )
+
+
+def _notes(report: StudyReport) -> list[str]:
+    notes = [text for text in (report.look, *report.changes, *report.notes) if text]
+    if len(notes) <= MOST_NOTES:
+        return notes
+    return [*notes[: MOST_NOTES - 1], f"{len(notes) - MOST_NOTES + 1} more notes are in the report."]
+
+
+def _wrapped(text: str) -> str:
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.fill(
+        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _bare_table(text_table: TextTable) -> str:

@@ -1,4 +1,4 @@
-"""The files of a report: report.json, and from it report.html, report.md, report.tex and CSV.
+"""The files of a report: report.json, and from it page, picture, Markdown, LaTeX and CSV.
 
 write_study_report("studies/width")                        # of a study's directory
 write_from_data("shipped/width/report.json", "out")        # of report.json alone
@@ -11,12 +11,12 @@ from slmjax.atomic_files import write_text
 from slmjax.stored_json import read_object
 from slmjax.studies.findings import Findings
 from slmjax.studies.report.counting import count_costs
-from slmjax.studies.report.data import REPORT, StudyReport, read_report, write_report_data
-from slmjax.studies.report.documents import latex, markdown, members_csv, verdicts_csv
+from slmjax.studies.report.data import REPORT, StudyReport, printable, read_report, write_report_data
+from slmjax.studies.report.documents import latex, markdown, members_csv, verdicts_csv, verdicts_markdown
 from slmjax.studies.report.gathering import gather
 from slmjax.studies.report.page import study_page
 from slmjax.studies.report.progress import findings_so_far
-from slmjax.studies.report.records import recorded_members
+from slmjax.studies.report.records import SEVERAL, recorded_members
 from slmjax.studies.report.verdict_charts import forest_picture
 from slmjax.telemetry.report.charts import converter
 from slmjax.telemetry.report.page import write_page
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 PAGE = "report.html"
 MARKDOWN = "report.md"
 PICTURE = "verdicts.svg"
-SEVERAL = "studies.json"  # in the directory of several studies: the directory of each
 _OF_STUDIES = ("findings.json", REPORT, SEVERAL, "plan.json", "members.jsonl")
 
 
@@ -97,19 +96,24 @@ def write_from_data(data: str | Path, directory: str | Path) -> Path:
     return write_report_files(read_report(data), directory)
 
 
-def write_report_files(report: StudyReport, directory: str | Path, *, needs_page: bool = True) -> Path:
+def write_report_files(
+    report: StudyReport, directory: str | Path, *, needs_page: bool = True, with_page: bool = True
+) -> Path:
     """Write all files of a report to a directory, and return the path of the page.
 
     Args:
       report: the report.
       directory: where to write; created if it does not exist.
-      needs_page: whether a page that cannot be drawn is an error; otherwise the log says why there is none,
-        and the path is that of report.md.
+      needs_page: whether a page or a picture that cannot be drawn is an error; otherwise the log says why
+        there is none, and the path is that of report.md.
+      with_page: whether to write report.html, a megabyte of which is the program that draws it. Without it,
+        the files are what a repository keeps of a study, and the path is that of report.md.
 
     Raises:
       ValueError: the page is needed, and the `plot` extra is not installed; all other files are written.
     """
     directory = Path(directory)
+    report = printable(report)
     write_texts(report, directory)
     try:
         converter()
@@ -118,7 +122,7 @@ def write_report_files(report: StudyReport, directory: str | Path, *, needs_page
             raise
         log.warning("no %s: %s", PAGE, error)
         return directory / MARKDOWN
-    page = write_page(directory / PAGE, study_page(report))
+    page = write_page(directory / PAGE, study_page(report)) if with_page else directory / MARKDOWN
     # For a README, which cannot embed a page.
     if any(item.difference is not None for item in report.comparisons):
         write_text(directory / PICTURE, forest_picture(report, "svg").decode("utf-8"))
@@ -133,7 +137,7 @@ def write_texts(report: StudyReport, directory: Path) -> None:
         "report.tex": latex(report),
         "report.csv": members_csv(report),
         "verdicts.csv": verdicts_csv(report),
+        "verdicts.md": verdicts_markdown(report),
     }
-    # Names from elsewhere may hold what is not valid UTF-8.
     for name, text in texts.items():
-        write_text(directory / name, text.encode("utf-8", "replace").decode("utf-8"))
+        write_text(directory / name, text)

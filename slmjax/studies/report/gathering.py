@@ -8,6 +8,7 @@ What is not there is left out of the report: a run directory that was deleted, t
 
 import dataclasses
 import datetime
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,9 +27,11 @@ from slmjax.studies.report.data import (
     SettingReport,
     StudyReport,
     TextNoise,
+    printable,
 )
 from slmjax.studies.report.planned import Planned, read_planned
 from slmjax.studies.report.records import directory_of_run, recorded_members
+from slmjax.studies.report.reproducing import reproducing_commands
 from slmjax.studies.statistics.samples import Interval, PairedDifference, Summary
 from slmjax.studies.study import DIVERGED, FAILED, FINISHED, MEMBERS, STOPPED, Member
 from slmjax.telemetry.report.comparison import shown_differences
@@ -37,14 +40,15 @@ from slmjax.telemetry.run_directory import read_log
 
 # Costs that results have; those that are counted beforehand come with the plan.
 _MEASURED = ("tokens", "seconds", "tokens_per_second", "parameters", "memory_bytes", "deployed_bytes")
+_VARYING = ("training_seconds", "seconds", "tokens_per_second", "memory_bytes")  # between runs of one arm
 _NOT_SETTINGS = ("run.name", "run.directory", "run.seed", "data.seed", "data.cache_dir")
 _PACKAGES = ("slmjax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def report_of(findings: Findings, members: Sequence[Member] = ()) -> StudyReport:
     """Return the report of findings alone: without curves, settings and environment."""
-    costs = {arm.arm: _measured_costs(arm.arm, members) for arm in findings.arms}
-    return StudyReport(
+    costs = {arm.arm: _cost_values(arm.arm, members) for arm in findings.arms}
+    report = StudyReport(
         study=findings.study,
         question=findings.question,
         metric=findings.metric,
@@ -83,7 +87,16 @@ def report_of(findings: Findings, members: Sequence[Member] = ()) -> StudyReport
         ),
         changes=findings.changes,
         notes=findings.notes,
+        could_answer=_could_answer(findings),
     )
+    return printable(report)
+
+
+def _could_answer(findings: Findings) -> bool | None:
+    """Return whether the smallest effect worth having would be resolved; None if that is not known."""
+    effect = findings.rules.smallest_effect
+    resolved = findings.smallest_resolved
+    return None if effect is None or resolved is None else resolved <= effect
 
 
 def gather(directory: str | Path, findings: Findings) -> StudyReport:
@@ -102,7 +115,7 @@ def gather(directory: str | Path, findings: Findings) -> StudyReport:
     planned = read_planned(directory)
     counted = read_costs(directory)
     settings_of, settings = _settings(findings, runs, planned)
-    return dataclasses.replace(
+    report = dataclasses.replace(
         report,
         date=_newest_date(directory),
         arms=tuple(_with_plan(arm, planned, counted.get(arm.name, {})) for arm in report.arms),
@@ -112,14 +125,21 @@ def gather(directory: str | Path, findings: Findings) -> StudyReport:
         settings_of=settings_of,
         settings=settings,
         environment=_environment(list(runs.values())),
-        commands=_commands(directory, list(runs.values()), planned),
+        commands=reproducing_commands(directory, list(runs.values()), size=planned.size),
         notes=(*report.notes, *notes),
     )
+    # Reports are sent around: they name no directories of this machine.
+    places = {directory.resolve(): "", Path.cwd(): "", Path.home(): "~/"}
+    hidden = {f"{path}/": instead for path, instead in places.items() if path != Path(path.anchor)}
+    return printable(report, hidden=hidden)
 
 
 # Findings ---------------------------------------------------------------------------------------------------
 def _arm_report(
-    findings: Findings, index: int, members: Sequence[Member], costs: Mapping[str, dict[str, float]]
+    findings: Findings,
+    index: int,
+    members: Sequence[Member],
+    costs: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> ArmReport:
     arm = findings.arms[index]
     own = [member for member in members if member.arm == arm.arm]
@@ -131,7 +151,8 @@ def _arm_report(
         seeds=arm.seeds,
         metric=_estimate(arm.metric, arm.interval),
         further_metrics={name: _estimate(item) for name, item in arm.further_metrics.items()},
-        costs=costs[arm.arm],
+        costs={name: statistics.fmean(values) for name, values in costs[arm.arm].items()},
+        cost_errors=_cost_errors(costs[arm.arm]),
         ended=finished + failed + stopped + len(arm.diverged),
         diverged=len(arm.diverged),
         failed=failed,
@@ -245,17 +266,31 @@ def _member_reports(findings: Findings, members: Sequence[Member]) -> tuple[Memb
     )
 
 
-def _measured_costs(arm: str, members: Sequence[Member]) -> dict[str, float]:
-    costs = {}
-    for name in _MEASURED:
-        values = [
-            value
-            for member in members
-            if member.arm == arm and (value := member.metric_value(name)) is not None
-        ]
-        if values:
-            costs[name] = statistics.fmean(values)
-    return costs
+def _cost_values(arm: str, members: Sequence[Member]) -> dict[str, list[float]]:
+    """Return the costs of an arm's runs by name."""
+    own = [member for member in members if member.arm == arm]
+    values = {
+        name: [value for member in own if (value := member.metric_value(name)) is not None]
+        for name in _MEASURED
+    }
+    values["training_seconds"] = [seconds for member in own if (seconds := _training_seconds(member))]
+    return {name: each for name, each in values.items() if each}
+
+
+def _training_seconds(member: Member) -> float | None:
+    """Return the seconds of all training steps, without compilation, evaluations and saving."""
+    tokens = member.metric_value("tokens")
+    rate = member.metric_value("tokens_per_second")
+    # A run that was resumed knows the pace of its last session alone.
+    return None if tokens is None or not rate else tokens / rate
+
+
+def _cost_errors(values: Mapping[str, Sequence[float]]) -> tuple[tuple[str, float], ...]:
+    return tuple(
+        (name, statistics.stdev(values[name]) / math.sqrt(len(values[name])))
+        for name in _VARYING
+        if len(values.get(name, ())) > 1
+    )
 
 
 # Runs -------------------------------------------------------------------------------------------------------
@@ -332,18 +367,6 @@ def _environment(runs: Sequence[RunRecords]) -> tuple[tuple[str, str], ...]:
 def _devices_text(devices: Sequence[Any]) -> str:
     kinds = dict.fromkeys(map(str, devices))
     return ", ".join(f"{devices.count(kind)} x {kind}" for kind in kinds)
-
-
-def _commands(directory: Path, runs: Sequence[RunRecords], planned: Planned) -> tuple[str, ...]:
-    """Return the commands that train and report the study again."""
-    commits = dict.fromkeys(
-        str((run.result or {}).get("commit"))[:12] for run in runs if (run.result or {}).get("commit")
-    )
-    commands = [f"git checkout {commit}" for commit in list(commits)[:1]]
-    if (directory / "study.py").is_file():
-        is_default = planned.size in (None, "small")
-        commands.append(f"slmjax ablate study.py{'' if is_default else f' --budget {planned.size}'}")
-    return (*commands, f"slmjax report {directory.name}")
 
 
 def _newest_date(directory: Path) -> str:

@@ -5,7 +5,15 @@ from collections.abc import Sequence
 
 from slmjax.studies.report.charts import curves_chart, tradeoffs, tuned_rates
 from slmjax.studies.report.data import StudyReport
-from slmjax.studies.report.sentences import losers, metric_words, progress_text, summary
+from slmjax.studies.report.sentences import (
+    answer_text,
+    counted,
+    freedom_text,
+    losers,
+    metric_words,
+    progress_text,
+    summary,
+)
 from slmjax.studies.report.tables import (
     arms_table,
     costs_table,
@@ -15,6 +23,7 @@ from slmjax.studies.report.tables import (
     settings_table,
     statistics_table,
     text_table,
+    time_note,
     tuning_table,
     verdicts_table,
 )
@@ -59,11 +68,12 @@ def study_page(report: StudyReport) -> str:
         text for text in (report.study, progress_text(report), metric_words(report), report.date) if text
     )
     page.parts.append(heading(report.question or report.study, about))
-    page.parts.append(_paragraphs([summary(report), report.look], kind="lead"))
+    page.parts.append(_paragraphs([summary(report), answer_text(report), report.look], kind="lead"))
     # The order is that of a reader's questions: the verdicts first, how they were made last.
     page.section("Verdicts", page.grid([forest_chart(report)]), _table(verdicts_table(report)))
     page.section("What lost", _list(losers(report)))
-    page.section("Arms", *map(_table, (arms_table(report), costs_table(report), further_table(report))))
+    tables = (arms_table(report), costs_table(report), further_table(report))
+    page.section("Arms", *map(_table, tables), _paragraphs([time_note(report)], kind="about"))
     fronts = tradeoffs(report)
     page.section(
         "Quality and cost",
@@ -113,7 +123,7 @@ def noise_sentences(report: StudyReport) -> list[str]:
     if noise is not None and noise.deviation is not None:
         sentences.append(
             f"Runs of one arm vary between seeds with a standard deviation of {noise.deviation:.3g} {metric} "
-            f"(pooled, {noise.degrees_of_freedom} degrees of freedom)."
+            f"(pooled, {freedom_text(noise.degrees_of_freedom)})."
         )
         if noise.equality_p is not None:
             sentences.append(
@@ -127,9 +137,12 @@ def noise_sentences(report: StudyReport) -> list[str]:
         sentences.append(
             f"Perhaps noisier than the others, and judged by their own differences: {', '.join(others)}."
         )
+    # A study in progress has pairs of fewer seeds than it will have.
+    num_seeds = max((len(item.seeds) for item in report.comparisons), default=0)
     if noise is not None and noise.smallest_resolved is not None:
         sentences.append(
-            f"With {len(report.seeds)} seeds and {len(report.comparisons)} comparisons, a difference of "
+            f"With {counted(num_seeds, 'seed')} and "
+            f"{counted(len(report.comparisons), 'comparison')}, a difference of "
             f"{noise.smallest_resolved:.3g} is found 4 times in 5."
         )
     if report.smallest_effect is not None:

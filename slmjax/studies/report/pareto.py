@@ -5,7 +5,16 @@ pareto_front(choices, lower_is_better=True)
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
+
+from scipy import stats
+
+from slmjax.studies.report.data import StudyReport
+from slmjax.studies.report.sentences import BETTER, WORSE
+from slmjax.studies.text_tables import in_words
+
+MOST_PAIRS = 6  # pairs of arms that a sentence names; more are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,3 +43,69 @@ def pareto_front(choices: Sequence[Choice], *, lower_is_better: bool) -> tuple[C
         if not on_front or sign * choice.quality < sign * on_front[-1].quality or is_equal:
             on_front.append(choice)
     return tuple(on_front)
+
+
+def front_text(report: StudyReport, choices: Sequence[Choice], *, cost: str) -> str:
+    """Return a sentence on the Pareto front over a cost, with the arms that its seeds do not tell apart.
+
+    The front is one of means. An arm next to it, or on it, may have its place by chance alone.
+    """
+    front = pareto_front(choices, lower_is_better=report.lower_is_better)
+    names = ", ".join(choice.name for choice in front)
+    deciding = _deciding_pairs(front, choices, lower_is_better=report.lower_is_better)
+    close = [(first, second) for first, second in deciding if not are_told_apart(report, first, second)]
+    if not close:
+        return f"Pareto front over {cost}: {names}."
+    metric = in_words(report.metric)
+    if len(close) == len(deciding):
+        return (
+            f"Pareto front over {cost}: not resolved. By the means it is {names}, but these seeds do not "
+            f"tell the arms apart in {metric}."
+        )
+    pairs = "; ".join(f"{first} and {second}" for first, second in close[:MOST_PAIRS])
+    further = f"; {len(close) - MOST_PAIRS} more pairs" if len(close) > MOST_PAIRS else ""
+    return f"Pareto front over {cost}, by the means: {names}. Not told apart in {metric}: {pairs}{further}."
+
+
+def _deciding_pairs(
+    front: Sequence[Choice], choices: Sequence[Choice], *, lower_is_better: bool
+) -> list[tuple[str, str]]:
+    """Return the pairs of arms whose difference in quality decides which of them are on the front."""
+    sign = 1.0 if lower_is_better else -1.0
+    # Each arm of the front is worth its cost if it is better than the one before it.
+    pairs = [
+        (before.name, after.name)
+        for before, after in zip(front, front[1:], strict=False)
+        if before.cost < after.cost
+    ]
+    for choice in choices:
+        if choice in front:
+            continue
+        beaten_by = [
+            other
+            for other in front
+            if other.cost <= choice.cost and sign * other.quality <= sign * choice.quality
+        ]
+        best = min(beaten_by, key=lambda other: sign * other.quality)
+        pairs.append((choice.name, best.name))
+    return pairs
+
+
+def are_told_apart(report: StudyReport, first: str, second: str) -> bool:
+    """Return whether the study tells two arms apart in quality.
+
+    The verdict counts where the two were compared. Others are told apart by the pooled noise between seeds,
+    at the confidence of the study and without correction for the number of pairs.
+    """
+    for item in report.comparisons:
+        if {item.arm, item.against} == {first, second}:
+            return item.verdict in (BETTER, WORSE)
+    estimates = {arm.name: arm.metric for arm in report.arms}
+    one = estimates[first]
+    other = estimates[second]
+    noise = report.noise
+    if one is None or other is None or noise is None or not noise.deviation or not noise.degrees_of_freedom:
+        return False
+    error = noise.deviation * math.sqrt(1 / one.num_values + 1 / other.num_values)
+    quantile = float(stats.t.isf((1 - report.confidence) / 2, noise.degrees_of_freedom))
+    return abs(one.mean - other.mean) > quantile * error

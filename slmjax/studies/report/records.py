@@ -9,6 +9,8 @@ from slmjax.studies.arms import directory_name
 from slmjax.studies.study import MEMBERS, Member
 from slmjax.telemetry.run_directory import read_log, with_present_names
 
+SEVERAL = "studies.json"  # in the directory of several studies: the directory of each
+
 
 def recorded_members(
     directory: str | Path, *, arms: Sequence[str], seeds: Sequence[int]

@@ -30,11 +30,13 @@ def confidence_text(report: StudyReport) -> str:
 
 # Verdicts ---------------------------------------------------------------------------------------------------
 def verdict_text(report: StudyReport, comparison: ComparisonReport) -> str:
-    """Return a verdict with its margin, or with the seeds that would resolve it."""
+    """Return a verdict with its margin, with the seeds that would resolve it, or with why nothing would."""
     if comparison.verdict == EQUAL and report.equal_within is not None:
         return f"{EQUAL} within {report.equal_within:g}"
     if comparison.verdict == NOT_RESOLVED and comparison.seeds_needed is not None:
         return f"{NOT_RESOLVED} (about {comparison.seeds_needed:,} seeds would)"
+    if comparison.verdict == NOT_RESOLVED and comparison.reason:
+        return f"{NOT_RESOLVED}: {comparison.reason}"
     return comparison.verdict
 
 
@@ -55,6 +57,29 @@ def summary(report: StudyReport) -> str:
         if names:
             sentences.append(f"{_headline(report, verdict)}: {', '.join(names)}.")
     return " ".join(sentences)
+
+
+def answer_text(report: StudyReport) -> str:
+    """Return a sentence if the study could not have found the smallest difference worth having; else empty.
+
+    A study whose comparisons are all resolved has its answer all the same.
+    """
+    unresolved = [item for item in report.comparisons if item.verdict == NOT_RESOLVED]
+    if report.could_answer is not False or not unresolved or report.noise is None:
+        return ""
+    resolved = report.noise.smallest_resolved
+    if resolved is None or report.smallest_effect is None:
+        return ""
+    ended = sum(arm.ended for arm in report.arms)
+    is_complete = report.expected_runs is None or ended >= report.expected_runs
+    subject = "This study could not have answered" if is_complete else "The runs so far cannot answer"
+    its = "its" if is_complete else "the"
+    names = ", ".join(comparison_name(report, item) for item in unresolved)
+    about = f" for {names}" if len(unresolved) < len(report.comparisons) else ""
+    return (
+        f"{subject} {its} question{about}: a difference has to be {resolved:.2g} {in_words(report.metric)} "
+        f"to be found 4 times in 5, and the smallest one worth having was set to {report.smallest_effect:g}."
+    )
 
 
 def short_summary(report: StudyReport) -> str:
@@ -127,7 +152,11 @@ def losers(report: StudyReport) -> list[str]:
 # Numbers ----------------------------------------------------------------------------------------------------
 def comparison_decimals(comparison: ComparisonReport) -> int:
     """Return the decimals of a comparison's numbers: no more than its noise allows."""
-    return num_decimals(comparison.error, comparison.difference or 0.0)
+    difference = comparison.difference or 0.0
+    if comparison.error:
+        return num_decimals(comparison.error, difference)
+    # Of a single seed the noise is not known: more digits would suggest that it is small.
+    return max(num_decimals(None, difference) - 2, 0)
 
 
 def difference_text(comparison: ComparisonReport) -> str:
@@ -171,6 +200,16 @@ def signed_estimate(item: Estimate | None) -> str:
     decimals = num_decimals(item.error, item.mean)
     interval = "" if item.interval is None or not item.error else f" {interval_text(item.interval, decimals)}"
     return f"{signed(item.mean, decimals)}{interval}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 comparison", "2 comparisons"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def freedom_text(degrees: float) -> str:
+    """Return a number of degrees of freedom, which are not whole where variances differ."""
+    return f"{degrees:.3g} degree{'' if degrees == 1 else 's'} of freedom"
 
 
 def runs_text(arm: ArmReport) -> str:

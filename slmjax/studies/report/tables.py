@@ -11,6 +11,7 @@ from slmjax.studies.report.sentences import (
     count_text,
     difference_text,
     estimate_texts,
+    freedom_text,
     interval_of,
     metric_words,
     p_text,
@@ -38,9 +39,10 @@ COSTS = {
     "active_parameters": Cost(title="active", text=count_text),
     "flops": Cost(title="training FLOPs", text=lambda value: f"{value:.4g}", axis="training FLOPs"),
     "tokens": Cost(title="tokens", text=count_text, axis="tokens"),
+    "training_seconds": Cost(title="training time", text=seconds_text, axis="seconds of training"),
     "seconds": Cost(title="wall time", text=seconds_text, axis="seconds of wall time"),
     "tokens_per_second": Cost(title="tokens/s", text=count_text),
-    "memory_bytes": Cost(title="memory", text=bytes_text),
+    "memory_bytes": Cost(title="peak memory", text=bytes_text),
     "deployed_bytes": Cost(title="deployed", text=bytes_text, axis="deployed bytes"),
     "cache_bytes": Cost(title="cache", text=bytes_text),
 }
@@ -64,10 +66,60 @@ def verdicts_table(report: StudyReport) -> TextTable:
         "verdict",
         f"difference to {report.baseline}",
         f"{confidence_text(report)} interval",
-        "adjusted p",
+        f"p ({report.correction})",
         "seeds",
     )
     return TextTable(title=f"Verdicts: {metric_words(report)}", head=head, rows=rows)
+
+
+def short_table(report: StudyReport) -> TextTable:
+    """Return the verdicts in four columns, for a README: the arms with their metric, the baseline first."""
+    names = [arm.name for arm in report.arms]
+    means = dict(zip(names, estimate_texts([arm.metric for arm in report.arms]), strict=True))
+    rows = [(report.baseline, means[report.baseline], "", "baseline")] if report.baseline in means else []
+    for item in report.comparisons:
+        interval = interval_of(item)
+        difference = f"{difference_text(item)}{'' if interval == ABSENT else f' {interval}'}"
+        # Of a pair of other arms the difference alone says something.
+        mean = means.get(item.arm, ABSENT) if item.against == report.baseline else ""
+        rows.append((comparison_name(report, item), mean, difference, verdict_text(report, item)))
+    head = (
+        "arm",
+        in_words(report.metric),
+        f"difference ({confidence_text(report)} interval)",
+        "verdict",
+    )
+    return TextTable(title=f"Verdicts: {metric_words(report)}", head=head, rows=tuple(rows))
+
+
+def log_table(report: StudyReport) -> TextTable:
+    """Return a row for each arm and comparison: metric, difference, p and verdict; with costs that differ."""
+    short = short_table(report)
+    compared = {comparison_name(report, item): item for item in report.comparisons}
+    costs = {arm.name: arm.costs for arm in report.arms}
+    names = [name for name in _LOGGED if name in _shown_costs(report) and name not in shared_costs(report)]
+    rows = []
+    for arm, mean, difference, verdict in short.rows:
+        p = p_text(compared[arm].adjusted_p) if arm in compared else ""
+        known = costs.get(arm, {})
+        texts = [COSTS[name].text(known[name]) if name in known else "" for name in names]
+        rows.append((arm, mean, difference, p, verdict, *texts))
+    head = (*short.head[:3], f"p ({report.correction})", "verdict", *(COSTS[name].title for name in names))
+    return TextTable(title="", head=head, rows=tuple(rows))
+
+
+# Of the costs, those that an entry of a log has.
+_LOGGED = ("parameters", "flops", "tokens", "deployed_bytes", "cache_bytes")
+
+
+def shared_costs(report: StudyReport) -> dict[str, float]:
+    """Return the costs that are the same for all arms, up to a thousandth, with the first arm's value."""
+    shared = {}
+    for name in _LOGGED:
+        values = [arm.costs[name] for arm in report.arms if name in arm.costs]
+        if len(values) == len(report.arms) and max(values) <= 1.001 * min(values):
+            shared[name] = values[0]
+    return shared
 
 
 def _seeds_text(comparison: ComparisonReport) -> str:
@@ -111,6 +163,13 @@ def costs_table(report: StudyReport) -> TextTable | None:
     )
     head = ("arm", *(COSTS[name].title for name in names))
     return TextTable(title="Size and cost of a run, mean over seeds", head=head, rows=rows)
+
+
+def time_note(report: StudyReport) -> str:
+    """Return a sentence on the two times in the table of costs; empty if it has not both."""
+    if not {"training_seconds", "seconds"} <= set(_shown_costs(report)):
+        return ""
+    return "Training time is that of the steps; wall time has compilation, evaluations and saving, too."
 
 
 def _shown_costs(report: StudyReport) -> list[str]:
@@ -172,8 +231,8 @@ def statistics_table(report: StudyReport) -> TextTable:
         "variance",
         "bootstrap interval",
         "p",
-        "adjusted p",
-        "p of equality",
+        f"p ({report.correction})",
+        f"p of equality ({report.correction})",
     )
     return TextTable(title="Statistics of the comparisons", head=head, rows=tuple(rows))
 
@@ -187,7 +246,7 @@ def noise_table(report: StudyReport) -> TextTable | None:
     judged |= dict.fromkeys(noise.noisy, "its own differences: noisier than the others")
     rows = [(name, f"{deviation:.3g}", judged.get(name, "pooled")) for name, deviation in noise.own.items()]
     if noise.deviation is not None:
-        freedom = f"{noise.degrees_of_freedom} degrees of freedom"
+        freedom = freedom_text(noise.degrees_of_freedom)
         rows.append(("all, pooled", f"{noise.deviation:.3g}", freedom))
     head = ("arm", f"standard deviation of {in_words(report.metric)}", "judged by")
     return TextTable(title="Noise between seeds", head=head, rows=tuple(rows))

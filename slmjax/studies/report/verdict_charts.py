@@ -4,9 +4,11 @@
     svg = forest_picture(report, "svg")               # for a README
 
 Verdicts are named in words, with a mark of another shape for each, and not by their colour alone. Texts of a
-row stand above its interval, so that the plot fits a page of any width.
+row stand above its interval, so that the plot fits a page of any width; the line at zero and the band of
+equality are interrupted there, so that no text lies on them.
 """
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,10 +37,20 @@ VERDICT_ORDER = (BETTER, WORSE, EQUAL, "", " ", "  ", NOT_RESOLVED)
 VERDICT_SHAPES = {BETTER: "circle", EQUAL: "diamond", NOT_RESOLVED: "cross", WORSE: "square"}
 BAND = "#009E73"  # of equality; light, so that one colour suits both themes
 GREY = "#8C8C8C"
+PICTURE_WIDTH = 800
+PICTURE_FONT = "Helvetica, Arial, sans-serif"
+TITLE_LENGTH = 90  # characters of a line of the picture
+SUBTITLE_LENGTH = 115
 # The ends of an axis may exceed the range of the differences by this factor; longer intervals are cut.
 LONGEST_INTERVAL = 3.0
 
 _ROWS: Spec = {"field": "row", "type": "ordinal", "axis": None}
+_DIFFERENCES: Spec = {
+    "tickCount": 5,
+    "format": "+.3~g",
+    "grid": False,
+    "labelExpr": "datum.value == 0 ? '0' : datum.label",
+}
 
 
 def forest_chart(report: StudyReport) -> Chart | None:
@@ -55,18 +67,14 @@ def forest_chart(report: StudyReport) -> Chart | None:
     layers: list[Spec] = []
     scale = {"domain": [low, high], "nice": False, "zero": False}
     x: Spec = {"type": "quantitative", "scale": scale, "title": None}
-    x["axis"] = {"tickCount": 5, "format": "+.3~g", "grid": False}
+    x["axis"] = _DIFFERENCES
     if report.equal_within is not None:
         margin = report.equal_within
-        edges = {"low": max(-margin, low), "high": min(margin, high)}
-        layers.append(
-            {
-                "data": {"values": [edges]},
-                "mark": {"type": "rect", "color": BAND, "opacity": 0.13},
-                "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"}},
-            }
-        )
-    layers.append(_zero_rule(x))
+        rows = [{**row, "from": max(-margin, low), "to": min(margin, high)} for row in rows]
+        band_mark = {"type": "rule", "color": BAND, "opacity": 0.16, "strokeWidth": ROW - 28, "yOffset": 8}
+        encoding = {"y": _ROWS, "x": {**x, "field": "from"}, "x2": {"field": "to"}}
+        layers.append({"mark": band_mark, "encoding": encoding})
+    layers.append(_zero_marks(x, offset=8, size=ROW - 28))
     layers += _forest_marks(x)
     spec = chart_spec(rows, {"layer": layers})
     # A row for each comparison, above the space of the axis.
@@ -112,7 +120,7 @@ def _forest_row(
         "verdict": item.verdict,
         # Of a row's two texts, that on the right is shortened first.
         "short": item.verdict,
-        "long": f"{verdict}   {numbers}",
+        "long": f"{verdict} · {numbers}",
         "numbers": numbers,
         "difference": item.difference,
         "low": max(ends[0], low),
@@ -166,6 +174,9 @@ def _forest_texts(colour: Spec) -> list[Spec]:
     length = f"(width < {NARROW} ? length(datum.short) : length(datum.long))"
     limit = {"expr": f"width - 16 - {CHARACTER} * {length}"}
     verdict = {"condition": {"test": f"width < {NARROW}", "field": "short"}, "field": "long"}
+    at_right: Spec = {"x": {"value": "width"}, "y": _ROWS, "text": verdict}
+    # Grey would be hard to read: what is not resolved has the colour of texts.
+    is_open = f"datum.verdict == '{NOT_RESOLVED}'"
     return [
         {
             "mark": {**text, "align": "left", "fontWeight": 600, "limit": limit},
@@ -173,7 +184,13 @@ def _forest_texts(colour: Spec) -> list[Spec]:
         },
         {
             "mark": {**text, "align": "right"},
-            "encoding": {"x": {"value": "width"}, "y": _ROWS, "color": colour, "text": verdict},
+            "transform": [{"filter": f"!({is_open})"}],
+            "encoding": {**at_right, "color": colour},
+        },
+        {
+            "mark": {**text, "align": "right"},
+            "transform": [{"filter": is_open}],
+            "encoding": at_right,
         },
     ]
 
@@ -194,18 +211,24 @@ def forest_picture(report: StudyReport, kind: str = "svg") -> bytes:
         raise ValueError(f"{report.study} has no comparison with a difference yet: train two arms first")
     spec = {
         **chart.spec,
-        "width": 720,
+        "width": PICTURE_WIDTH,
+        "height": ROW * len(chart.spec["data"]["values"]),
+        # The title must not take its space from the rows.
+        "autosize": {"type": "fit-x", "contains": "padding"},
         # Viewers have other fonts than the converter: texts may be wider there.
         "padding": {"left": 14, "right": 14, "top": 8, "bottom": 8},
         "title": {
-            "text": report.question or report.study,
-            "subtitle": f"{chart.title}: {chart.subtitle}",
+            "text": textwrap.wrap(report.question or report.study, TITLE_LENGTH),
+            "subtitle": textwrap.wrap(f"{chart.title}: {chart.subtitle}", SUBTITLE_LENGTH),
             "anchor": "start",
             "offset": 10,
-            "limit": 720,
         },
     }
-    config = {**theme(dark=False), "background": "white", "font": "Helvetica, Arial, sans-serif"}
+    config = theme(dark=False)
+    # A README scales the picture down, and its background is white, which any theme of the reader shows.
+    config |= {"background": "white", "font": PICTURE_FONT}
+    config["axis"] = {**config["axis"], "labelFontSize": 13}
+    config["title"] = {**config["title"], "fontSize": 16, "subtitleFontSize": 13, "subtitlePadding": 6}
     if kind == "svg":
         return converter().vegalite_to_svg(drawable(spec), config=config).encode() + b"\n"
     if kind == "png":
@@ -244,14 +267,14 @@ def _pair_marks() -> list[Spec]:
         "type": "quantitative",
         "title": None,
         "scale": {"zero": True, "nice": True},
-        "axis": {"tickCount": 5, "format": "+.3~g", "grid": False},
+        "axis": _DIFFERENCES,
     }
     colour: Spec = {"type": "nominal", "scale": {"domain": ["seed", "mean"]}, "legend": None}
     tooltip = [{"field": "name", "title": "arm"}, {"field": "seed"}, {"field": "value", "format": "+.4~g"}]
     first = [{"filter": "datum.is_first"}]
     text: Spec = {"type": "text", "align": "left", "fontSize": 12, "font": FONT, "yOffset": -9}
     return [
-        _zero_rule(x),
+        _zero_marks(x, offset=7, size=PAIRS_ROW - 20),
         {
             "mark": {"type": "tick", "thickness": 2, "size": 18, "yOffset": 7},
             "transform": first,
@@ -274,6 +297,7 @@ def _pair_marks() -> list[Spec]:
     ]
 
 
-def _zero_rule(x: Spec) -> Spec:
-    mark = {"type": "rule", "strokeDash": [4, 4], "color": GREY}
-    return {"mark": mark, "encoding": {"x": {**x, "datum": 0}}}
+def _zero_marks(x: Spec, *, offset: int, size: int) -> Spec:
+    """Return a line at zero, which is interrupted above the interval of each row, where its texts stand."""
+    mark = {"type": "tick", "orient": "vertical", "thickness": 1.5, "size": size, "yOffset": offset}
+    return {"mark": {**mark, "color": GREY, "opacity": 1}, "encoding": {"x": {**x, "datum": 0}, "y": _ROWS}}
