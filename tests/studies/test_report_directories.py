@@ -15,6 +15,7 @@ from slmjax.studies import analyze, read_findings, run_study, write_findings
 from slmjax.studies.costs import arm_cost
 from slmjax.studies.report import (
     gather,
+    log_entry,
     read_report,
     report_of,
     study_report,
@@ -66,6 +67,9 @@ def test_a_study_in_progress_has_the_findings_of_what_has_ended(tmp_path: Path) 
     defined = study(seeds=(0, 1, 2), equal_within=0.01, question="How fast?")
     StudyDirectory.create(tmp_path, defined)
     assert study_report(tmp_path).comparisons[0].difference is None, "nothing has ended"
+    assert (
+        log_entry(study_report(tmp_path)).splitlines()[0].endswith("How fast? no result: fast & loose, third")
+    )
     members = run_study(defined, tmp_path, train=StubTrainer())
     # Without findings.json, and with one that is older than the last members.
     complete = report_of(analyze(defined, members), members).comparisons
@@ -220,12 +224,12 @@ def test_times_of_training_are_without_compilation(trained: Path) -> None:
     assert not time_note(elsewhere)
 
 
-def test_little_held_out_text_is_a_caveat_once(trained: Path) -> None:
+def test_little_held_out_text_is_a_caveat_once(tmp_path: Path) -> None:
     """The warning of the preparation, which only the first run of a study shows."""
     sizes = {"documents": 3, "tokens": 9, "hash": "0"}
     entry = {"source": "text.txt", "bytes": 98_800, "tokenizer": "0", "shards": "0", **sizes}
     entry["heldout"] = {"bytes": 200, **sizes}
-    members = run_study(study(), trained, train=StubTrainer())
+    members = run_study(study(), tmp_path, train=StubTrainer())
     for member in members:
         (Path(member.result["run_dir"]) / "data.json").write_text(json.dumps([entry]))
     notes = analyze(study(), members).notes

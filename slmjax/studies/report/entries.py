@@ -51,8 +51,8 @@ def _command(report: StudyReport) -> str:
     # A CPU says little without its number of cores.
     if "cpu" in devices and "processors" in known:
         devices = f"{known['processors']} CPU cores"
-    versions = [f"{name} {known[name]}" for name in ("jax", "commit") if name in known]
-    return f"{'; '.join([about, ', '.join([*versions, devices])] if versions else [about])}."
+    made_with = [*(f"{name} {known[name]}" for name in ("jax", "commit") if name in known), devices]
+    return f"{'; '.join(text for text in (about, ', '.join(filter(None, made_with))) if text)}."
 
 
 def _result(report: StudyReport) -> str:

@@ -13,7 +13,8 @@ BETTER = "better"
 WORSE = "worse"
 EQUAL = "equal"
 NOT_RESOLVED = "not resolved"
-VERDICTS = (BETTER, EQUAL, NOT_RESOLVED, WORSE)
+NO_RESULT = "no result"  # of a comparison without a pair of runs
+VERDICTS = (BETTER, EQUAL, NOT_RESOLVED, WORSE, NO_RESULT)
 
 MOST_NAMES = 3  # arms that a heading names; more are counted
 
@@ -31,6 +32,8 @@ def confidence_text(report: StudyReport) -> str:
 # Verdicts ---------------------------------------------------------------------------------------------------
 def verdict_text(report: StudyReport, comparison: ComparisonReport) -> str:
     """Return a verdict with its margin, with the seeds that would resolve it, or with why nothing would."""
+    if comparison.difference is None:
+        return NO_RESULT
     if comparison.verdict == EQUAL and report.equal_within is not None:
         return f"{EQUAL} within {report.equal_within:g}"
     if comparison.verdict == NOT_RESOLVED and comparison.seeds_needed is not None:
@@ -53,7 +56,7 @@ def summary(report: StudyReport) -> str:
         return "There is no comparison yet."
     sentences = []
     for verdict in VERDICTS:
-        names = [_named(report, item) for item in report.comparisons if item.verdict == verdict]
+        names = [_named(report, item) for item in report.comparisons if _verdict(item) == verdict]
         if names:
             sentences.append(f"{_headline(report, verdict)}: {', '.join(names)}.")
     return " ".join(sentences)
@@ -86,10 +89,14 @@ def short_summary(report: StudyReport) -> str:
     """Return the verdicts for a heading: names of few arms, else their number."""
     parts = []
     for verdict in VERDICTS:
-        names = [comparison_name(report, item) for item in report.comparisons if item.verdict == verdict]
+        names = [comparison_name(report, item) for item in report.comparisons if _verdict(item) == verdict]
         if names:
             parts.append(f"{verdict}: {', '.join(names) if len(names) <= MOST_NAMES else len(names)}")
     return "; ".join(parts) or "no verdict yet"
+
+
+def _verdict(comparison: ComparisonReport) -> str:
+    return NO_RESULT if comparison.difference is None else comparison.verdict
 
 
 def _named(report: StudyReport, comparison: ComparisonReport) -> str:
