@@ -30,7 +30,7 @@ from slmjax.studies.report.curves import POINTS, curve_charts
 from slmjax.studies.report.data import printable
 from slmjax.studies.report.documents import latex, latex_text, markdown, members_csv, verdicts_csv
 from slmjax.studies.report.page import study_page
-from slmjax.studies.report.pareto import Choice, are_told_apart, front_text, pareto_front
+from slmjax.studies.report.pareto import Choice, front_text, is_resolved, pareto_front
 from slmjax.studies.report.sentences import answer_text, losers, short_summary, summary, verdict_text
 from slmjax.studies.report.verdict_charts import (
     LONGEST_INTERVAL,
@@ -244,7 +244,7 @@ def test_seconds_that_differ_by_chance_have_no_chart(report: StudyReport) -> Non
     assert not tradeoffs(with_seconds(report, seconds, 4.0))
 
 
-def test_a_pareto_front_names_the_arms_that_are_not_told_apart() -> None:
+def test_a_pareto_front_names_differences_that_are_not_resolved() -> None:
     report = sample_report(NAMES)
     choices = [
         Choice("base", cost=1.0, quality=1.700),
@@ -254,18 +254,17 @@ def test_a_pareto_front_names_the_arms_that_are_not_told_apart() -> None:
     ]
     # The pooled noise is 0.0034, so that means of 3 seeds differ from 0.0064 on: those of narrow and deep do.
     assert front_text(report, choices, cost="FLOPs") == (
-        "Pareto front over FLOPs, by the means: narrow, deep. Not told apart in bits per byte: base and "
-        "narrow."
+        "Pareto front over FLOPs, by the means: narrow, deep. Not resolved in bits per byte: base and narrow."
     )
     resolved = [choice for choice in choices if choice.name != "narrow"]
     assert front_text(report, resolved, cost="FLOPs") == "Pareto front over FLOPs: base, deep."
     nothing = [choices[0], choices[3]]
     assert "not resolved. By the means it is narrow" in front_text(report, nothing, cost="FLOPs")
     # The verdict counts where two arms were compared, whatever their means.
-    assert are_told_apart(report, "base", "wide") and not are_told_apart(report, "odd", "base")
-    assert are_told_apart(report, "wide", "deep")
+    assert is_resolved(report, "base", "wide") and not is_resolved(report, "odd", "base")
+    assert is_resolved(report, "wide", "deep")
     quiet = dataclasses.replace(report, noise=None)
-    assert not are_told_apart(quiet, "wide", "deep")
+    assert not is_resolved(quiet, "wide", "deep")
 
 
 def test_points_have_letters_that_are_no_part_of_a_name() -> None:

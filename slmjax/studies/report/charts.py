@@ -254,6 +254,7 @@ def tuned_rates(report: StudyReport) -> Chart | None:
     if not rows:
         return None
     labels = list(dict.fromkeys(row["series"] for row in rows))
+    rates = sorted({row["rate"] for row in rows})
     chosen = [{"rate": item.rate, "series": item.arm, "value": _value_at(item)} for item in report.tuned]
     chosen = [row for row in chosen if row["value"] is not None]
     x: Spec = {
@@ -261,7 +262,8 @@ def tuned_rates(report: StudyReport) -> Chart | None:
         "type": "quantitative",
         "title": "learning rate",
         "scale": {"type": "log", "nice": False, "padding": 20},
-        "axis": {"format": ".2~g", "grid": False, "tickCount": 5},
+        # A tick at each rate that was tried, as far as there is space.
+        "axis": {"format": ".2~g", "grid": False, "values": rates, "labelOverlap": "greedy"},
     }
     y: Spec = {
         "field": "value",

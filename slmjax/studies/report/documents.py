@@ -22,6 +22,7 @@ from slmjax.studies.report.tables import (
     costs_table,
     further_table,
     report_tables,
+    sensitivity_note,
     short_table,
     time_note,
     verdicts_table,
@@ -58,7 +59,7 @@ def verdicts_markdown(report: StudyReport) -> str:
 
 
 def _notes(report: StudyReport) -> tuple[str, ...]:
-    texts = (report.look, report.budget, *report.notes, time_note(report))
+    texts = (report.look, report.budget, *report.notes, time_note(report), sensitivity_note(report))
     return tuple(text for text in texts if text)
 
 

@@ -20,6 +20,7 @@ from slmjax.studies.report.tables import (
     further_table,
     matching_table,
     noise_table,
+    sensitivity_note,
     settings_table,
     statistics_table,
     text_table,
@@ -166,7 +167,8 @@ def _settings(report: StudyReport) -> str:
 
 
 def _tuning_notes(report: StudyReport) -> str:
-    return _list([f"{item.arm}: {item.text}" for item in report.tuned if item.text])
+    notes = [f"{item.arm}: {item.text}" for item in report.tuned if item.text]
+    return _list([*notes, sensitivity_note(report)])
 
 
 def _table(text_table: TextTable | None) -> str:

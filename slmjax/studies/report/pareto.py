@@ -46,25 +46,25 @@ def pareto_front(choices: Sequence[Choice], *, lower_is_better: bool) -> tuple[C
 
 
 def front_text(report: StudyReport, choices: Sequence[Choice], *, cost: str) -> str:
-    """Return a sentence on the Pareto front over a cost, with the arms that its seeds do not tell apart.
+    """Return a sentence on the Pareto front over a cost, with the differences that its seeds do not resolve.
 
     The front is one of means. An arm next to it, or on it, may have its place by chance alone.
     """
     front = pareto_front(choices, lower_is_better=report.lower_is_better)
     names = ", ".join(choice.name for choice in front)
     deciding = _deciding_pairs(front, choices, lower_is_better=report.lower_is_better)
-    close = [(first, second) for first, second in deciding if not are_told_apart(report, first, second)]
+    close = [(first, second) for first, second in deciding if not is_resolved(report, first, second)]
     if not close:
         return f"Pareto front over {cost}: {names}."
     metric = in_words(report.metric)
     if len(close) == len(deciding):
         return (
-            f"Pareto front over {cost}: not resolved. By the means it is {names}, but these seeds do not "
-            f"tell the arms apart in {metric}."
+            f"Pareto front over {cost}: not resolved. By the means it is {names}, but these seeds resolve "
+            f"no difference in {metric} that decides it."
         )
     pairs = "; ".join(f"{first} and {second}" for first, second in close[:MOST_PAIRS])
     further = f"; {len(close) - MOST_PAIRS} more pairs" if len(close) > MOST_PAIRS else ""
-    return f"Pareto front over {cost}, by the means: {names}. Not told apart in {metric}: {pairs}{further}."
+    return f"Pareto front over {cost}, by the means: {names}. Not resolved in {metric}: {pairs}{further}."
 
 
 def _deciding_pairs(
@@ -91,21 +91,20 @@ def _deciding_pairs(
     return pairs
 
 
-def are_told_apart(report: StudyReport, first: str, second: str) -> bool:
-    """Return whether the study tells two arms apart in quality.
+def is_resolved(report: StudyReport, first: str, second: str) -> bool:
+    """Return whether the study resolves the difference of two arms in quality.
 
-    The verdict counts where the two were compared. Others are told apart by the pooled noise between seeds,
-    at the confidence of the study and without correction for the number of pairs.
+    The verdict counts where the two were compared. Other differences are compared with the pooled noise
+    between seeds, at the confidence of the study and without correction for the number of pairs.
     """
     for item in report.comparisons:
         if {item.arm, item.against} == {first, second}:
             return item.verdict in (BETTER, WORSE)
     estimates = {arm.name: arm.metric for arm in report.arms}
-    one = estimates[first]
-    other = estimates[second]
+    pair = [estimate for name in (first, second) if (estimate := estimates[name]) is not None]
     noise = report.noise
-    if one is None or other is None or noise is None or not noise.deviation or not noise.degrees_of_freedom:
+    if len(pair) < 2 or noise is None or not noise.deviation or not noise.degrees_of_freedom:
         return False
-    error = noise.deviation * math.sqrt(1 / one.num_values + 1 / other.num_values)
+    error = noise.deviation * math.sqrt(sum(1 / estimate.num_values for estimate in pair))
     quantile = float(stats.t.isf((1 - report.confidence) / 2, noise.degrees_of_freedom))
-    return abs(one.mean - other.mean) > quantile * error
+    return abs(pair[0].mean - pair[1].mean) > quantile * error

@@ -33,29 +33,29 @@ def reproducing_commands(
     # Findings without a study file, such as those of results from elsewhere, are only shown again.
     if not (root / STUDY_FILE).is_file():
         return (*checkout, f"slmjax report {shlex.quote(directory.name)}")
-    recorded = [words for run in runs if (words := _words(run.environment.get("command")))]
-    words = recorded[0] if recorded else []
+    recorded = [arguments for run in runs if (arguments := _arguments(run.environment.get("command")))]
+    arguments = recorded[0] if recorded else []
     options = [] if size in (None, "small") else ["--budget", str(size)]
-    if "--seeds" in words[:-1]:
-        options += ["--seeds", words[words.index("--seeds") + 1]]
-    if (file := _file_in_repository(words, root / STUDY_FILE)) is not None:
+    if "--seeds" in arguments[:-1]:
+        options += ["--seeds", arguments[arguments.index("--seeds") + 1]]
+    if (file := _file_in_repository(arguments, root / STUDY_FILE)) is not None:
         return (*checkout, shlex.join(["slmjax", "ablate", file, *options]))
     where = f"# where the directory {root.name} is, which has a copy of the study file"
     options += ["--directory", f"{root.name}-again"]
     return (*checkout, where, shlex.join(["slmjax", "ablate", f"{root.name}/{STUDY_FILE}", *options]))
 
 
-def _words(command: object) -> list[str]:
+def _arguments(command: object) -> list[str]:
     """Return the words of a recorded command, "--seeds=5" as two."""
     if not isinstance(command, list):
         return []
-    return [part for word in command for part in str(word).split("=", 1)]
+    return [part for argument in command for part in str(argument).split("=", 1)]
 
 
-def _file_in_repository(words: Sequence[str], copy: Path) -> str | None:
+def _file_in_repository(arguments: Sequence[str], copy: Path) -> str | None:
     """Return the path in its repository of the file that a command named, if it still is what was copied."""
-    for word in words:
-        file = Path(word)
+    for argument in arguments:
+        file = Path(argument)
         # The program itself is a Python file, too.
         if file.suffix != ".py" or not file.is_file() or file.read_bytes() != copy.read_bytes():
             continue

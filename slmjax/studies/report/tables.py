@@ -319,6 +319,16 @@ def tuning_table(report: StudyReport) -> TextTable | None:
     return TextTable(title="Learning rates", head=head, rows=rows)
 
 
+def sensitivity_note(report: StudyReport) -> str:
+    """Return a sentence on the sensitivity in the table of learning rates; empty without one."""
+    if all(item.sensitivity is None for item in report.tuned):
+        return ""
+    return (
+        "Sensitivity: by how much the mean over the rates that were tried is worse than the best, in "
+        f"{in_words(report.metric)}."
+    )
+
+
 def settings_table(report: StudyReport) -> TextTable | None:
     """Return the settings that differ between arms; None if none is known."""
     if not report.settings:
