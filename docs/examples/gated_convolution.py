@@ -18,6 +18,8 @@ from slmjax.models import (
     MixerConfig,
     MlpConfig,
     ModelDims,
+    StateSize,
+    last_real,
     truncated_normal,
 )
 
@@ -57,8 +59,8 @@ class GatedConvolutionConfig(MixerConfig):
     def mixing_flops(self, dims: ModelDims, *, length: int) -> float:
         return (2 * self.width + 1) * dims.embed_dim
 
-    def state_bytes(self, dims: ModelDims, *, length: int, itemsize: int) -> int:
-        return (self.width - 1) * dims.embed_dim * itemsize
+    def state_size(self, dims: ModelDims, *, length: int) -> StateSize:
+        return StateSize(history=(self.width - 1) * dims.embed_dim)
 
 
 class GatedConvolution(Mixer):
@@ -87,11 +89,10 @@ class GatedConvolution(Mixer):
         segments = jnp.concatenate([before["segments"], segment_ids], axis=1)
         mixed = nnx.silu(self.gate(x)) * short_convolution(values, segments, self.taps[...])
         if state is not None:
-            # Padding follows the real tokens, and the state is of the last real ones.
-            last = jnp.sum(segment_ids > 0, axis=1)[:, None] + jnp.arange(self.width - 1)[None, :]
+            size = self.width - 1
             state = {
-                "values": jnp.take_along_axis(values, last[..., None], axis=1),
-                "segments": jnp.take_along_axis(segments, last, axis=1),
+                "values": last_real(values, segment_ids, size=size),
+                "segments": last_real(segments, segment_ids, size=size),
             }
         return self.output(mixed), state
 

@@ -89,10 +89,7 @@ def measure_efficiency(
     total = statistics.median(decode(new_tokens) for _ in range(ROUNDS))
     costs = zoo.describe(config)
     dims = config.layer_dims()
-    # A looped block has a decoding state for each of its loops.
-    mixers = [block.mixer for block in config.blocks() for _ in range(block.num_loops)]
-    itemsize = np.dtype(dims.dtype).itemsize
-    cache = sum(mixer.state_bytes(dims, length=config.context_length, itemsize=itemsize) for mixer in mixers)
+    cache = zoo.state_size(config, length=config.context_length).bytes(np.dtype(dims.dtype).itemsize)
     sizes: dict[str, int] = {}
     for leaf in loaded.params.values():
         sizes[leaf.dtype.name] = sizes.get(leaf.dtype.name, 0) + leaf.size * leaf.dtype.itemsize

@@ -12,6 +12,7 @@ Files in reading order:
 - parameterization.py: factors of initial weights and multipliers, by width and depth
 - layers.py: norms, linear maps, embeddings
 - protocols.py: interfaces of mixers and feed-forward layers
+- padding.py: padding on the right, in decoding states
 - rope.py: rotary positions and their scalings
 - ffn: feed-forward layers
 - mixers: token mixers
@@ -39,8 +40,22 @@ from slmjax.models.ffn.moe import Balance, MoeConfig, RouterScore
 from slmjax.models.layers import Linear, ModelDims, NormKind, truncated_normal
 from slmjax.models.mixers.attention import AttentionConfig, Biases, OutputGate, QkNorm
 from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.padding import fill_padding, last_real
 from slmjax.models.parameterization import Parameterization
-from slmjax.models.protocols import CachingMixer, Ffn, FfnConfig, Mixer, MixerConfig
+from slmjax.models.protocols import (
+    NO_CONTEXT,
+    CachingMixer,
+    ContextMixer,
+    Ffn,
+    FfnAux,
+    FfnConfig,
+    Mixer,
+    MixerConfig,
+    MixerContext,
+    StatefulFfn,
+    StateSize,
+    Visibility,
+)
 from slmjax.models.rope import (
     LinearScaling,
     Llama3Scaling,
@@ -57,7 +72,9 @@ __all__ = [
     "Biases",
     "BlockConfig",
     "CachingMixer",
+    "ContextMixer",
     "Ffn",
+    "FfnAux",
     "FfnConfig",
     "HeadKind",
     "LatentAttentionConfig",
@@ -68,10 +85,12 @@ __all__ = [
     "LongScaling",
     "Mixer",
     "MixerConfig",
+    "MixerContext",
     "MlpConfig",
     "ModelConfig",
     "ModelDims",
     "MoeConfig",
+    "NO_CONTEXT",
     "NormKind",
     "NormPlacement",
     "OutputGate",
@@ -81,7 +100,12 @@ __all__ = [
     "Remat",
     "RopeScaling",
     "RouterScore",
+    "StateSize",
+    "StatefulFfn",
+    "Visibility",
     "YarnScaling",
+    "fill_padding",
+    "last_real",
     "sequence_lengths",
     "stack_of",
     "truncated_normal",

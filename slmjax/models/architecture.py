@@ -167,6 +167,22 @@ class ModelConfig:
                 f"init_std and norm_eps must be positive, got {self.init_std} and {self.norm_eps}"
             )
         self._check_parameterization()
+        self._check_shared_values()
+
+    def _check_shared_values(self) -> None:
+        """Raise ValueError for a layer that reads what no layer before it writes."""
+        known: set[str] = set()
+        index = 0
+        for group in self.stack:
+            # The first repeat has the fewest layers before it.
+            for offset, block in enumerate(group.pattern):
+                if missing := [name for name in block.mixer.reads() if name not in known]:
+                    raise ValueError(
+                        f"layer {index + offset} ({type(block.mixer).__name__}) reads {missing[0]!r}, and no "
+                        "earlier layer writes it: put a layer before it that does"
+                    )
+                known |= set(block.mixer.writes())
+            index += len(group.pattern) * group.repeats
 
     def _check_parameterization(self) -> None:
         for name in ("base_width", "base_depth", "base_head_dim"):

@@ -45,6 +45,8 @@ class ModelDims:
     norm_kind: NormKind = NormKind.RMS
     dtype: Any  # dtype of the computation: jnp.float32 or jnp.bfloat16
     scaling: Scaling = UNSCALED  # the model's size relative to its base
+    # of the layer that is built, by name (`MixerConfig.layer_constants`): arrays, which differ between layers
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def norm(self, dim: int) -> "Norm":
         """Build a norm over `dim` dims, of the model's kind."""

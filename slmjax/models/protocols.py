@@ -1,15 +1,20 @@
 """The protocols of a block's two parts: token mixers (`MixerConfig`, `Mixer`) and `FfnConfig`, `Ffn`.
 
-A config is a frozen dataclass that builds the module and counts its costs without building it.
+A config is a frozen dataclass that builds the module and counts its costs without building it. A plain
+`Mixer` receives its tokens and a decoding state. One that needs more is a `CachingMixer` (the maximum length
+of each sequence), a `ContextMixer` (constants of the layer, values of earlier layers, visibility), or both.
 
 Dims: B batch, T time, D model.
 """
 
 import abc
 import dataclasses
+import enum
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -29,10 +34,67 @@ class FfnAux:
     metrics: dict[str, Any]
 
 
+class Visibility(enum.Enum):
+    """The tokens of its document that a token sees, besides itself."""
+
+    CAUSAL = "causal"  # those before it
+    PREFIX = "prefix"  # those before it, and all of a prefix of the document (Raffel et al. 2020)
+    BOTH = "both"  # all of them, as in encoders
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StateSize:
+    """How many numbers the decoding state of one sequence has, by kind; ids and positions do not count."""
+
+    cached: int = 0  # entries of each token, in the dtype of the computation or in the format of the cache
+    history: int = 0  # entries of a fixed number of tokens, in the dtype of the computation
+    recurrent: int = 0  # float32 in every precision: a state is a sum over all tokens before it
+
+    def __add__(self, other: "StateSize") -> "StateSize":
+        """Return the size of both states together."""
+        return StateSize(
+            cached=self.cached + other.cached,
+            history=self.history + other.history,
+            recurrent=self.recurrent + other.recurrent,
+        )
+
+    def bytes(self, itemsize: int) -> int:
+        """Return the bytes of the state where the computation has numbers of `itemsize` bytes.
+
+        >>> StateSize(cached=100, recurrent=10).bytes(2)
+        240
+        """
+        return (self.cached + self.history) * itemsize + self.recurrent * np.dtype(np.float32).itemsize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixerContext:
+    """What a `ContextMixer` receives besides its tokens and its state."""
+
+    # of this layer (`MixerConfig.layer_constants`), and values of earlier layers (`MixerConfig.reads`)
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    visibility: Visibility = Visibility.CAUSAL
+    is_prefix: Any = None  # Bool[Array, "B T"] | None: tokens of the prefix, with `Visibility.PREFIX`
+    written: dict[str, Any] = dataclasses.field(default_factory=dict)  # by this layer, for later ones
+
+    def write(self, name: str, value: Any) -> None:
+        """Pass a value on to later layers that read it: one of the names of `MixerConfig.writes`.
+
+        Call this in the mixer itself, not in a function that it passes to a loop or to `jax.checkpoint`.
+        """
+        self.written[name] = value
+
+
+NO_CONTEXT = MixerContext()  # a mixer on its own, which reads and writes nothing
+
+
 class Mixer(nnx.Module):
     """A token mixer: `(x, segment_ids, positions, state) -> (y, state)`.
 
     A state of None means complete sequences, as in training. A token must not see others of another segment.
+    In decoding, padding (segment id 0) follows the tokens of a row, and may be all of it: the new state is
+    that after the last token of the document (`models.padding`).
     """
 
     @abc.abstractmethod
@@ -78,6 +140,21 @@ class CachingMixer(Mixer):
         """Return the shape of a token's cache entry; a per-token format has one scale along the last dim."""
 
 
+class ContextMixer(Mixer):
+    """A mixer that is called with `context` in addition to the arguments of every mixer."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        state: Any,
+        context: MixerContext = NO_CONTEXT,
+    ) -> tuple[Float[Array, "B T D"], Any]: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixerConfig(abc.ABC):
     """Settings of a token mixer."""
@@ -96,8 +173,34 @@ class MixerConfig(abc.ABC):
         """Return forward FLOPs per token without products with weights, averaged over a causal sequence."""
 
     @abc.abstractmethod
-    def state_bytes(self, dims: ModelDims, *, length: int, itemsize: int) -> int:
-        """Return the bytes of decoding state of one sequence of `length` tokens."""
+    def state_size(self, dims: ModelDims, *, length: int) -> StateSize:
+        """Return the size of the decoding state of one sequence of `length` tokens."""
+
+    def layer_constants(
+        self, dims: ModelDims, *, index: int, num_layers: int
+    ) -> Mapping[str, np.ndarray | np.generic | float]:
+        """Return what depends on the layer's place in the model and is not trained, by name.
+
+        The module has it as `dims.constants` when it is built, and a `ContextMixer` as `context.constants` in
+        every call. Layers of equal configs have arrays of equal shapes. They are part of no checkpoint.
+
+        Args:
+          index: index of the layer in the model, from 0.
+          num_layers: number of layers of the model, without loops.
+        """
+        return {}
+
+    def reads(self) -> tuple[str, ...]:
+        """Return the names of the values of earlier layers that the mixer reads (`MixerContext.shared`)."""
+        return ()
+
+    def writes(self) -> tuple[str, ...]:
+        """Return the names of the values that the mixer writes for later layers (`MixerContext.write`)."""
+        return ()
+
+    def visibilities(self) -> frozenset[Visibility]:
+        """Return the kinds of visibility that the mixer can compute."""
+        return frozenset({Visibility.CAUSAL})
 
 
 class Ffn(nnx.Module):
@@ -110,13 +213,39 @@ class Ffn(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], FfnAux]: ...
 
 
+class StatefulFfn(nnx.Module):
+    """A feed-forward layer that also reads the tokens just before each: `(x, segment_ids, state)`.
+
+    RWKV's channel mix is one. What a `Mixer` does about documents, padding and its state, it does too.
+    """
+
+    @abc.abstractmethod
+    def __call__(
+        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"], state: Any
+    ) -> tuple[Float[Array, "B T D"], FfnAux, Any]: ...
+
+    @abc.abstractmethod
+    def init_state(self, batch_size: int) -> Any:
+        """Return an empty decoding state."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FfnConfig(abc.ABC):
     """Settings of a feed-forward layer."""
 
     @abc.abstractmethod
-    def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> Ffn:
+    def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> Ffn | StatefulFfn:
         """Build the module, with freshly initialised parameters."""
+
+    def state_size(self, dims: ModelDims) -> StateSize:
+        """Return the size of the decoding state of one sequence: none, but for a `StatefulFfn`."""
+        return StateSize()
+
+    def layer_constants(
+        self, dims: ModelDims, *, index: int, num_layers: int
+    ) -> Mapping[str, np.ndarray | np.generic | float]:
+        """Return what initial parameters depend on, as `MixerConfig.layer_constants`: `dims.constants`."""
+        return {}
 
     def training_note(self) -> str | None:
         """Return a warning about training with these settings; None if there is none."""

@@ -1,6 +1,7 @@
 """Rules that map a parameter's path and shape to a PartitionSpec.
 
-Sharding is decided here, by name, and not in the modules: a new mixer is sharded before it has a rule.
+Sharding is decided here, by name, and not in the modules: a mixer whose linear maps have the names below, at
+any depth, is sharded without a rule of its own.
 """
 
 import re
@@ -19,11 +20,14 @@ from slmjax.parallel.mesh import Dims, divides, mesh_spec
 RULES: tuple[tuple[str, Dims], ...] = (
     (r"embed/table|head/weight|positions/weight", ("vocab_rows", None)),
     (r"embed/table|head/weight|positions/weight", ("vocab", "embed")),
-    (r".*/mixer/(query|query_up|latent_up|output_gate)/weight", ("embed", "heads")),
-    (r".*/mixer/(query|latent)_down/weight", ("embed", None)),
-    (r".*/mixer/(key|value)/weight", ("embed", "kv_heads")),
-    (r".*/mixer/output/weight", ("head_rows", None)),
-    (r".*/mixer/output/weight", ("heads", "embed")),
+    # Columns are heads, or channels that belong to heads: `inner` is what a recurrence reads, `gate` what
+    # multiplies its result, `decay` and `rate` are for each head or channel.
+    (r".*/mixer/(.*/)?(query|inner|receptance|decay|rate|(\w+_)?gate|\w+_up)/weight", ("embed", "heads")),
+    (r".*/mixer/(.*/)?\w+_down/weight", ("embed", None)),
+    (r".*/mixer/(.*/)?(key|value)/weight", ("embed", "kv_heads")),
+    (r".*/mixer/(.*/)?output/weight", ("head_rows", None)),
+    (r".*/mixer/(.*/)?output/weight", ("heads", "embed")),
+    (r".*/mixer/(.*/)?(\w+_)?taps", (None, "heads")),
     (r".*/experts/(gate|up)", ("expert", "embed", "ffn")),
     (r".*/experts/down", ("expert", "ffn_rows", None)),
     (r".*/experts/down", ("expert", "ffn", "embed")),

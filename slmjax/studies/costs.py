@@ -212,9 +212,10 @@ def _cache_bytes(model: ModelConfig, lines: Sequence[Line]) -> int:
     total = 0.0
     for layer, block in enumerate(model.blocks()):
         # The mixer knows how many tokens it caches: those of its window, or of the whole context.
-        size = block.mixer.state_bytes(dims, length=model.context_length, itemsize=itemsize)
+        size = zoo.block_state_size(block, model, length=model.context_length)
         line = formats.get(f"layers/{layer}{CACHE}")
         share = 1.0 if line is None else line.bytes / (itemsize * math.prod(line.shape))
-        # A looped block has a decoding state for each of its loops.
-        total += share * size * block.num_loops
+        # Only the entries of a cache have its format.
+        others = dataclasses.replace(size, cached=0).bytes(itemsize)
+        total += share * size.cached * itemsize + others
     return round(total)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from slmjax import kernels
 from slmjax.config import ConfigError, added_field
 from slmjax.models.layers import ArrayFunction, Linear, ModelDims, Norm
-from slmjax.models.protocols import CachingMixer, MixerConfig
+from slmjax.models.protocols import CachingMixer, MixerConfig, StateSize
 from slmjax.models.rope import LongScaling, RopeScaling, rotary, sequence_lengths
 
 log = logging.getLogger(__name__)
@@ -161,10 +161,10 @@ class AttentionConfig(MixerConfig):
         # Two products, scores and weighted sum, of 2 FLOPs for each multiplication and addition.
         return 4 * mean_visible * self.num_heads * self.resolved_head_dim(dims)
 
-    def state_bytes(self, dims: ModelDims, *, length: int, itemsize: int) -> int:
-        """Return the bytes of cached keys and values of one sequence, at most those of the window."""
+    def state_size(self, dims: ModelDims, *, length: int) -> StateSize:
+        """Return the size of cached keys and values of one sequence, at most those of the window."""
         slots = length if self.window is None else min(self.window, length)
-        return 2 * slots * self.kv_heads * self.resolved_head_dim(dims) * itemsize
+        return StateSize(cached=2 * slots * self.kv_heads * self.resolved_head_dim(dims))
 
 
 def with_rotary_dim(fields: dict[str, Any], *, embed_dim: Any) -> dict[str, Any]:

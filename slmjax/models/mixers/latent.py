@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from slmjax import kernels
 from slmjax.models.layers import ArrayFunction, Linear, ModelDims
 from slmjax.models.mixers.attention import join, ring_slots
-from slmjax.models.protocols import CachingMixer, MixerConfig
+from slmjax.models.protocols import CachingMixer, MixerConfig, StateSize
 from slmjax.models.rope import LongScaling, RopeScaling, rotary, sequence_lengths
 
 
@@ -87,9 +87,9 @@ class LatentAttentionConfig(MixerConfig):
         mean_visible = (length + 1) / 2
         return 2 * mean_visible * self.num_heads * (self.key_dim + self.value_dim)
 
-    def state_bytes(self, dims: ModelDims, *, length: int, itemsize: int) -> int:
-        """Return the bytes of latents and rotated keys of one sequence, which do not depend on the heads."""
-        return length * self.cached_dim * itemsize
+    def state_size(self, dims: ModelDims, *, length: int) -> StateSize:
+        """Return the size of latents and rotated keys of one sequence, which does not depend on the heads."""
+        return StateSize(cached=length * self.cached_dim)
 
 
 @jax.tree_util.register_dataclass

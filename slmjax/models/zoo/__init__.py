@@ -17,7 +17,7 @@ import functools
 from collections.abc import Callable, Mapping
 
 from slmjax.models.architecture import ModelConfig
-from slmjax.models.zoo.costs import Summary, describe
+from slmjax.models.zoo.costs import Summary, block_state_size, describe, state_size
 from slmjax.models.zoo.ours import nano, nano_moe, nano_window, shakespeare_char, slm_12m, slm_124m
 from slmjax.models.zoo.released import (
     RELEASED,
@@ -67,6 +67,7 @@ __all__ = [
     "ARCHITECTURES",
     "RELEASED",
     "Summary",
+    "block_state_size",
     "describe",
     "gemma2_2b",
     "gemma3_1b",
@@ -102,5 +103,6 @@ __all__ = [
     "smollm2_135m",
     "smollm2_360m",
     "smollm3_3b",
+    "state_size",
     "tinyllama_1_1b",
 ]

@@ -3,9 +3,10 @@
 import dataclasses
 import math
 
-from slmjax.models.architecture import ModelConfig
+from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.definition import define
 from slmjax.models.paths import block_at
+from slmjax.models.protocols import StateSize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class Summary:
     embedding_parameters: int  # parameters of the tables with one row per token: embedding and untied head
     training_flops_per_token: float  # forward and backward, at the context length
     bytes_bf16: int  # bytes of all parameters in bfloat16
-    cache_bytes_per_token: float  # bytes of the bfloat16 decoding state of a full context, over its length
+    cache_bytes_per_token: float  # bytes of the decoding state of a full context in bfloat16, over its length
 
 
 def describe(config: ModelConfig) -> Summary:
@@ -48,7 +49,7 @@ def describe(config: ModelConfig) -> Summary:
     # Each loop of a block computes and caches its own keys and values.
     mixers = [block.mixer for block in config.blocks() for _ in range(block.num_loops)]
     mixing_flops = sum(mixer.mixing_flops(model_dims, length=length) for mixer in mixers)
-    state_bytes = sum(mixer.state_bytes(model_dims, length=length, itemsize=2) for mixer in mixers)
+    state_bytes = state_size(config, length=length).bytes(2)
     return Summary(
         parameters=sum(sizes.values()),
         active_parameters=round(active),
@@ -57,6 +58,21 @@ def describe(config: ModelConfig) -> Summary:
         bytes_bf16=2 * sum(sizes.values()),
         cache_bytes_per_token=state_bytes / length,
     )
+
+
+def state_size(config: ModelConfig, *, length: int) -> StateSize:
+    """Return the size of the decoding state of one sequence of `length` tokens, of all layers and loops."""
+    return sum((block_state_size(block, config, length=length) for block in config.blocks()), StateSize())
+
+
+def block_state_size(block: BlockConfig, config: ModelConfig, *, length: int) -> StateSize:
+    """Return the size of the decoding state of one layer, with all its loops."""
+    dims = config.layer_dims()
+    size = block.mixer.state_size(dims, length=length)
+    if block.ffn is not None:
+        size += block.ffn.state_size(dims)
+    # Each loop of a block has a state of its own.
+    return sum((size for _ in range(block.num_loops)), StateSize())
 
 
 def _active_fraction(config: ModelConfig, path: str) -> float:

@@ -325,8 +325,7 @@ def test_costs_equal_those_of_the_arrays(kind):
     config = AttentionConfig(**ODD[kind])
     state = jax.eval_shape(lambda: attention.init_state(3, max_length=LENGTH))
     assert (
-        config.state_bytes(DIMS, length=LENGTH, itemsize=4)
-        == (4 * state.keys.size + 4 * state.values.size) // 3
+        config.state_size(DIMS, length=LENGTH).bytes(4) == (4 * state.keys.size + 4 * state.values.size) // 3
     )
     visible = sum(min(t + 1, config.window or LENGTH) for t in range(LENGTH)) / LENGTH
     # Scores and weighted sum: a multiplication and an addition each, per visible token, head and dim.

@@ -239,9 +239,7 @@ def test_costs_equal_those_of_the_arrays():
     config = oracle.CASES["deepseek_v2"].mixer  # 2 heads, latents of 8, keys of 6 + 8, values of 5
     state = jax.eval_shape(lambda: build("deepseek_v2").init_state(3, max_length=LENGTH))
     assert (
-        config.state_bytes(DIMS, length=LENGTH, itemsize=4)
-        == 4 * state.entries.size // 3
-        == LENGTH * (8 + 8) * 4
+        config.state_size(DIMS, length=LENGTH).bytes(4) == 4 * state.entries.size // 3 == LENGTH * (8 + 8) * 4
     )
     # A multiplication and an addition each, per visible token and head, for each dim of keys and of values.
     visible = sum(t + 1 for t in range(LENGTH)) / LENGTH
