@@ -18,7 +18,8 @@ Files in reading order:
 - mixers: token mixers
 - architecture.py: `ModelConfig`, a stack of layer groups
 - canonical_form.py: one form for equal architectures
-- decoder.py: the decoder, scanned over repeats of each group
+- blocks.py: blocks, scanned over the repeats of their group
+- decoder.py: the decoder, group after group
 - paths.py: paths of parameters, by stack and by layer
 - definition.py: a model as functions of flat dicts of parameters
 - zoo: named architectures and their costs

@@ -22,7 +22,8 @@ from slmjax.models.architecture import (
     Precision,
     Remat,
 )
-from slmjax.models.decoder import Block, LayerInputs, logits
+from slmjax.models.blocks import Block, LayerInputs
+from slmjax.models.decoder import logits
 from slmjax.models.definition import define
 from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
