@@ -200,7 +200,7 @@ class BlockStack(nnx.Module):
             # Initial weights depend on a layer's position in the model only, not on how layers are grouped.
             layers = first_layer + offset + len(config.pattern) * jnp.arange(config.repeats)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, layers)
-            constants = layer_constants(block, model, self._layers(offset))
+            constants = layer_constants(block, model, self.layers(offset))
 
             # The default argument binds this iteration's block; a closure would see the last one.
             def build(layer_key: Array, constants: LayerConstants, block: BlockConfig = block) -> Block:
@@ -219,7 +219,7 @@ class BlockStack(nnx.Module):
             )
         self.blocks = nnx.List(blocks)
 
-    def _layers(self, offset: int) -> list[int]:
+    def layers(self, offset: int) -> list[int]:
         """Return the indices in the model of the layers of one block of the pattern."""
         size = len(self.config.pattern)
         return [self.first_layer + offset + size * repeat for repeat in range(self.config.repeats)]
@@ -243,7 +243,7 @@ class BlockStack(nnx.Module):
         # Modules cannot cross the boundary of a scan: their parameters are scanned over, and merged inside.
         graphdef, params = nnx.split(self.blocks)
         constants = [
-            layer_constants(block, self.model, self._layers(offset))["mixer"]
+            layer_constants(block, self.model, self.layers(offset))["mixer"]
             for offset, block in enumerate(self.config.pattern)
         ]
         # What blocks only read stays outside the carry: a backward pass would save it for every repeat.

@@ -133,7 +133,6 @@ class Decoder(nnx.Module):
         losses_by_name = {}
         metrics = {}
         captured = {}
-        first_layer = 0
         shared: dict[str, Any] = {}
         for index, stack in enumerate(self.segments):
             stack_state = None if state is None else state[index]
@@ -141,21 +140,14 @@ class Decoder(nnx.Module):
                 x, inputs=inputs, states=stack_state, key=key, shared=shared
             )
             new_states.append(stack_state)
-            for offset, (aux, activations) in enumerate(zip(reports, captures, strict=True)):
+            for offset, aux in enumerate(reports):
                 # Reports have a leading dim of repeats: losses are summed over it, metrics keep it.
                 for name, sums in aux.losses.items():
                     losses_by_name[name] = losses_by_name.get(name, 0.0) + jnp.sum(sums)
                 metrics |= {
                     f"segments/{index}/blocks/{offset}/ffn/{name}": sums for name, sums in aux.metrics.items()
                 }
-                # Blocks of a pattern alternate: repeat r of block i is layer first + i + r * (blocks of the
-                # pattern).
-                captured |= {
-                    f"layers/{first_layer + offset + len(reports) * repeat}/{name}": value[repeat]
-                    for name, value in activations.items()
-                    for repeat in range(value.shape[0])
-                }
-            first_layer += stack.config.repeats * len(reports)
+            captured |= _by_layer(stack, captures)
         # Logits are not computed here: no array [B, T, V] exists in training.
         hidden = self.final_norm(x)
         return Output(
@@ -198,6 +190,16 @@ class VocabTable(nnx.Module):
 
     def __init__(self, num_rows: int, dim: int, *, std: float, key: Array) -> None:
         self.weight = nnx.Param(truncated_normal(key, (num_rows, dim), std))
+
+
+def _by_layer(stack: BlockStack, captures: list[dict[str, Array]]) -> dict[str, Array]:
+    """Return captured activations by logical path, of those of each block with a leading dim of repeats."""
+    return {
+        f"layers/{layer}/{name}": value[repeat]
+        for offset, activations in enumerate(captures)
+        for name, value in activations.items()
+        for repeat, layer in enumerate(stack.layers(offset))
+    }
 
 
 def _checked_capture(
