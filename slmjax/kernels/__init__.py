@@ -12,6 +12,8 @@ Files in reading order:
 - grouped.py: grouped products for experts
 - rounding.py: rounding in groups on TPU
 - causal_convolution.py: causal depthwise convolution and token shift
+- recurrence_chunks.py: the arithmetic of a chunk of a linear recurrence
+- linear_recurrence.py: linear recurrences with decay, delta rule or a rank-one term
 """
 
 from slmjax.kernels.attention import attention_mask, choose_attention, reference_attention, self_attention
@@ -23,23 +25,33 @@ from slmjax.kernels.causal_convolution import (
     token_shift,
 )
 from slmjax.kernels.grouped import choose_grouped_matmul, grouped_matmul
+from slmjax.kernels.linear_recurrence import (
+    RecurrentState,
+    decayed_recurrence,
+    empty_recurrent_state,
+    reference_recurrence,
+)
 from slmjax.kernels.products import materialised, matmul, outer_sum, unrolled_repeats
 from slmjax.kernels.rounding import can_round_groups, round_groups
 
 __all__ = [
     "ConvolutionHistory",
+    "RecurrentState",
     "attention_mask",
     "can_round_groups",
     "choose_attention",
     "choose_grouped_matmul",
     "convolve_token",
+    "decayed_recurrence",
     "depthwise_convolution",
     "empty_history",
+    "empty_recurrent_state",
     "grouped_matmul",
     "materialised",
     "matmul",
     "outer_sum",
     "reference_attention",
+    "reference_recurrence",
     "round_groups",
     "self_attention",
     "token_shift",
