@@ -26,15 +26,18 @@ from slmjax.kernels.causal_convolution import (
 )
 from slmjax.kernels.grouped import choose_grouped_matmul, grouped_matmul
 from slmjax.kernels.linear_recurrence import (
+    CHUNK_SIZE,
     RecurrentState,
     decayed_recurrence,
     empty_recurrent_state,
+    recurrence_flops,
     reference_recurrence,
 )
 from slmjax.kernels.products import materialised, matmul, outer_sum, unrolled_repeats
 from slmjax.kernels.rounding import can_round_groups, round_groups
 
 __all__ = [
+    "CHUNK_SIZE",
     "ConvolutionHistory",
     "RecurrentState",
     "attention_mask",
@@ -50,6 +53,7 @@ __all__ = [
     "materialised",
     "matmul",
     "outer_sum",
+    "recurrence_flops",
     "reference_attention",
     "reference_recurrence",
     "round_groups",

@@ -23,7 +23,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from slmjax.kernels.recurrence_chunks import SMALLEST_LOG_DECAY, Tokens, advance, chunk_decays
+from slmjax.kernels.recurrence_chunks import (
+    SMALLEST_LOG_DECAY,
+    Tokens,
+    advance,
+    chunk_decays,
+    smallest_block,
+)
 from slmjax.parallel import communication, mesh
 
 CHUNK_SIZE = 64
@@ -123,6 +129,39 @@ def decayed_recurrence(
             out_dims=(("batch", "time", "heads", None), ("batch", "heads", None, None)),
         )(ids, state.segment_ids, state.memory, *(getattr(tokens, name) for name in names))
     return outputs, RecurrentState(memory=memory, segment_ids=ids[:, -1])
+
+
+def recurrence_flops(
+    *,
+    key_dim: int,
+    value_dim: int,
+    chunk_size: int,
+    heads_per_group: int = 1,
+    has_channel_decay: bool = False,
+    has_delta_rule: bool = False,
+    has_removal: bool = False,
+    smallest_log_decay: float = SMALLEST_LOG_DECAY,
+) -> float:
+    """Return the forward FLOPs of `decayed_recurrence` per token and head: its products, and substitution.
+
+    >>> recurrence_flops(key_dim=64, value_dim=64, chunk_size=32)  # 2 C + 2 C (K + V) + 4 K V
+    24640.0
+    """
+    pairs = 2 * chunk_size * key_dim / heads_per_group
+    if has_channel_decay:
+        block = smallest_block(chunk_size, smallest_log_decay=smallest_log_decay)
+        pairs = (chunk_size + block) * key_dim
+    sums = 2 * chunk_size * (key_dim if has_channel_decay else 1)
+    weighted = 2 * chunk_size * value_dim
+    memory = 2 * key_dim * value_dim  # one read, or one write
+    # A triangular system takes half of a product with a full matrix.
+    substitution = chunk_size * value_dim
+    flops = sums + pairs + weighted + 2 * memory
+    if has_delta_rule:
+        flops += pairs + substitution + memory
+    if has_removal:
+        flops += 3 * pairs + 2 * weighted + substitution + 2 * memory
+    return float(flops)
 
 
 def reference_recurrence(

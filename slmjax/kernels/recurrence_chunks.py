@@ -128,6 +128,20 @@ def advance(
     return outputs.astype(tokens.v.dtype), new_memory
 
 
+def smallest_block(length: int, *, smallest_log_decay: float) -> int:
+    """Return the size of the blocks on the diagonal of a chunk, in which no exponent overflows.
+
+    >>> smallest_block(64, smallest_log_decay=-30.0)
+    2
+    >>> smallest_block(64, smallest_log_decay=-0.6)
+    64
+    """
+    size = 1
+    while 2 * size <= length and -2 * size * smallest_log_decay <= LARGEST_EXPONENT:
+        size *= 2
+    return size
+
+
 def decayed_pairs(
     rows: Float[Array, "B G _ C K"],
     columns: Float[Array, "B G _ C K"],
@@ -185,9 +199,7 @@ def _channel_pairs(
     the size with the last token of the first one as reference: no exponent is positive.
     """
     length = segments.shape[1]
-    size = 1
-    while 2 * size <= length and -2 * size * smallest_log_decay <= LARGEST_EXPONENT:
-        size *= 2
+    size = smallest_block(length, smallest_log_decay=smallest_log_decay)
 
     def split(x: Array) -> Array:
         return x.reshape(*x.shape[:3], length // size, size, x.shape[-1])

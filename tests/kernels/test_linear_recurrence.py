@@ -10,6 +10,7 @@ import pytest
 from slmjax import kernels
 from slmjax.kernels.linear_recurrence import RecurrentState
 from slmjax.parallel.mesh import MeshConfig, make_mesh
+from slmjax.planning import flops
 
 # One head, two key dims and two value dims; the values of `OUTPUTS` and `STATES` are from a loop in float64.
 Q = np.array([[0.1, -0.3], [0.3, 0.4], [-0.5, 0.6], [0.7, -0.6], [0.9, 1]])
@@ -292,3 +293,21 @@ def test_wrong_arguments():
         )
     with pytest.raises(ValueError, match="do not share"):
         kernels.decayed_recurrence(arrays["q"], arrays["k"], arrays["v"][:, :, :3], segment_ids=ids)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("gated_delta", {"heads_per_group": 2, "has_delta_rule": True}),
+        ("rank_one", {"has_channel_decay": True, "has_removal": True}),
+    ],
+)
+def test_flops(kind, options):
+    """The count equals that of the program, but for the substitution, which is no product."""
+    groups = 4 // options.get("heads_per_group", 1)
+    arrays, ids = random_inputs(kind, length=16, groups=groups)
+    counted = flops.count(
+        lambda arrays: kernels.decayed_recurrence(**arrays, segment_ids=ids, chunk_size=8)[0], arrays
+    )
+    per_head = kernels.recurrence_flops(key_dim=8, value_dim=6, chunk_size=8, **options)
+    assert counted == 2 * 16 * 4 * (per_head - 8 * 6)
