@@ -206,10 +206,11 @@ def _prepared(
         )
     if groups > 1 and groups % mesh.num_devices("heads"):
         # A device's heads may need any of the groups: each head gets a copy.
-        q, k, removal, strength = (
-            None if x is None else jnp.repeat(x, num_heads // groups, axis=2)
-            for x in (q, k, removal, strength)
-        )
+        copies = num_heads // groups
+        q = jnp.repeat(q, copies, axis=2)
+        k = jnp.repeat(k, copies, axis=2)
+        removal = None if removal is None else jnp.repeat(removal, copies, axis=2)
+        strength = None if strength is None else jnp.repeat(strength, copies, axis=2)
     is_real = (segment_ids > 0)[:, :, None, None]
 
     def real(x: Array | None) -> Array | None:

@@ -163,17 +163,17 @@ def decayed_pairs(
       multiply: the product of two stacks of matrices.
       row_sums: the sums L_i of rows (none: those of `decays`).
     """
-    row_sums = decays.sums if row_sums is None else row_sums
+    later_sums: Array = decays.sums if row_sums is None else row_sums
     length = decays.segments.shape[1]
     mask = _same_document(decays.segments, decays.segments) & _lower_triangle(length, diagonal=diagonal)
     mask = mask[:, None, None]
     if decays.sums.shape[-1] == 1:
         # One decay for all key dims: a factor of the product.
-        factors = _masked_exp(row_sums - jnp.swapaxes(decays.sums, -1, -2), mask)
+        factors = _masked_exp(later_sums - jnp.swapaxes(decays.sums, -1, -2), mask)
         return multiply(rows, jnp.swapaxes(columns, -1, -2)) * factors
     # The blocks of the recursion have sizes of powers of two.
     padding = (1 << (length - 1).bit_length()) - length
-    padded = [_pad_rows(x, padding) for x in (rows, columns, row_sums, decays.sums)]
+    padded = [_pad_rows(x, padding) for x in (rows, columns, later_sums, decays.sums)]
     segments = jnp.pad(decays.segments, ((0, 0), (0, padding)), constant_values=-1)
     products = _channel_pairs(
         *padded, segments=segments, smallest_log_decay=smallest_log_decay, multiply=multiply
