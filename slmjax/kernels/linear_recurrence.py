@@ -322,8 +322,8 @@ def _memories_before(
     """Return the states before each part of a sharded sequence, and after the last one, in a leading dim.
 
     A part turns the memory S before it into `M S + E`. Each device computes M and E of its part: E is the
-    memory that it leaves when it starts with an empty one, and M what becomes of the identity when no values
-    are written. M is zero if a document begins inside the part.
+    memory that it leaves when it starts with an empty one, and M the one that the identity turns into when no
+    values are written. M is zero if a document begins inside the part.
     """
     batch, num_heads, key_dim, value_dim = memory.shape
     identity = jnp.broadcast_to(jnp.eye(key_dim), (batch, num_heads, key_dim, key_dim))
