@@ -33,8 +33,11 @@ def member_notes(outcomes: Outcomes) -> list[str]:
                 notes.append(f"{arm}, seed {seed}: no result yet, and left out of its pairs.")
             elif member.status == DIVERGED:
                 steps = f" after {member.result['step']} steps" if "step" in member.result else ""
+                # Of a member that builds on one that diverged.
+                reason = f" ({member.error})" if member.error else ""
                 notes.append(
-                    f"{arm}, seed {seed}: diverged{steps}, and counts with the worst value of each pair."
+                    f"{arm}, seed {seed}: diverged{steps}{reason}, and counts with the worst value of each "
+                    "pair."
                 )
             elif member.status != FINISHED:
                 reason = f" ({member.error})" if member.error else ""

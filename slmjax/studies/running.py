@@ -272,10 +272,8 @@ def _train_member(
     # The fingerprint is that of the plan, without the directory of the study.
     member_hash = member_fingerprint(study, arm.name, seed)
     about: dict[str, Any] = {"arm": arm.name, "seed": seed, "fingerprint": member_hash}
-    # A failure, and so retried: its source may be trained by then.
     if source is not None and source.status != FINISHED:
-        error = f"{source.arm} is {source.status} with seed {source.seed}, so there is no run to build on"
-        return Member(**about, status=FAILED, result={}, evaluation={}, error=error)
+        return _without_source(about, source, study)
     source_run = None if source is None else Path(source.result["run_dir"])
     experiment = _experiment(study, task, directory, source_run=source_run)
     try:
@@ -367,12 +365,8 @@ def _derive_member(study: Study, arm: Derived, task: Task, directory: Path, *, s
         "seed": seed,
         "fingerprint": member_fingerprint(study, arm.name, seed),
     }
-    if source.status == STOPPED:
-        return Member(**about, status=STOPPED, result={}, evaluation={}, error=f"as {source.arm}")
-    # A failure, and so retried: its source may be trained by then.
     if source.status != FINISHED:
-        error = f"{source.arm} is {source.status} with this seed, so there is nothing to derive it from"
-        return Member(**about, status=FAILED, result={}, evaluation={}, error=error)
+        return _without_source(about, source, study)
     # A worker that was paused may still write to the directory of its own claim.
     name = f"model.{fence}" if fence else "model"
     out = (directory / arm.directory / f"seed-{seed}" / name).absolute()
@@ -387,6 +381,23 @@ def _derive_member(study: Study, arm: Derived, task: Task, directory: Path, *, s
             **about, status=FAILED, result={}, evaluation={}, error=f"{type(error).__name__}: {error}"
         )
     return Member(**about, status=FINISHED, result=plain(result), evaluation=plain(evaluation))
+
+
+def _without_source(about: Mapping[str, Any], source: Member, study: Study) -> Member:
+    """Return a member that builds on a run, or is derived from one, that did not finish."""
+    if source.status == DIVERGED:
+        # An outcome of all that the arm consists of: leaving out the seed would make the arm look better.
+        status = DIVERGED
+        error = f"{source.arm} diverged with seed {source.seed}, so that there is nothing to build on"
+    elif source.status == STOPPED and study.stopping is not None:
+        status = STOPPED
+        error = f"as {source.arm}"
+    else:
+        # A failure, and so tried again: its source may have finished by then.
+        status = FAILED
+        status_text = "failed" if source.status == FAILED else f"was {source.status}"
+        error = f"{source.arm} {status_text} with seed {source.seed}, so that there is nothing to build on"
+    return Member(**about, status=status, result={}, evaluation={}, error=error)
 
 
 def _earlier_run(experiment: Experiment, *, fence: int) -> tuple[Path | None, dict[str, Any] | None]:

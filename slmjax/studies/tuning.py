@@ -46,7 +46,8 @@ class Optimum:
     """The best learning rate of a sweep."""
 
     rate: float
-    value: float  # of the metric: the minimum of the fit, or the value at the rate of the grid
+    # of the metric: the minimum of the fit, or the value at the rate of the grid; None if no rate finished
+    value: float | None
     is_fitted: bool  # by a quadratic; otherwise it is the best rate of the grid
     is_resolved: bool
     reason: str  # why it is not resolved or not fitted; empty if it is both
@@ -62,16 +63,16 @@ class Tuned:
     tried: tuple[TriedRate, ...]  # in rising order
     own_rate: float  # of the arm's experiment
     rate: float  # that it is trained at
-    value: float  # of the metric at this rate, with the tuning seeds
+    value: float | None  # of the metric at this rate, with the tuning seeds; None if no rate finished
     is_fitted: bool
     is_resolved: bool  # otherwise the arm may be at a disadvantage, and no verdict on it counts
     reason: str
     # mean excess of the metric over the grid (Wortsman et al. 2023), above 0 also for a metric that should
-    # be high
-    sensitivity: float
+    # be high; None if no rate finished
+    sensitivity: float | None
     # what a run that diverged, or is worse than no training, counts as: the metric before training, or the
-    # worst of the sweep where that is not known
-    ceiling: float
+    # worst of the sweep where that is not known; None if neither is
+    ceiling: float | None
 
     def notes(self) -> Iterator[str]:
         """Yield what a report should say about the choice."""
@@ -80,6 +81,12 @@ class Tuned:
             for tried in self.tried
         )
         seeds = f"seed{'' if len(self.seeds) == 1 else 's'} {', '.join(map(str, self.seeds))}"
+        if self.value is None or self.sensitivity is None:
+            yield (
+                f"no learning rate finished, with {seeds} of {values}; it is trained at {self.rate:.3g}. "
+                f"{self.reason}. Its verdicts are not resolved."
+            )
+            return
         how = "by a quadratic in its logarithm" if self.is_fitted else "of the grid"
         yield (
             f"learning rate {self.rate:.3g}, the best {how}, {self.metric} with {seeds} of {values}; "
@@ -107,7 +114,7 @@ def tune(
       run: a replacement for `run_study`, such as one with a console.
 
     Raises:
-      ValueError: a tuning seed is a seed of the study, or no run of an arm finished.
+      ValueError: a tuning seed is a seed of the study.
       TuningUnfinished: some runs have not ended.
     """
     if study.tune is None:
@@ -193,8 +200,9 @@ class _Sources:
 def choose_rates(study: Study, members: Sequence[Member]) -> tuple[Tuned, ...]:
     """Return the best rate of each trained arm, from the members of `tuning_study`.
 
+    An arm that finished at no rate has an outcome, too, and does not stop the others (`best_rate`).
+
     Raises:
-      ValueError: no rate of an arm has finished.
       TuningUnfinished: some members are missing.
     """
     assert study.tune is not None
@@ -283,17 +291,14 @@ def rates_of(study: Study, arm: str) -> tuple[float, ...]:
 def _choose(study: Study, arm: str, runs: Mapping[float, Sequence[Any]]) -> Tuned:
     assert study.tune is not None
     tried = tuple(_tried(rate, of_rate, study.metric) for rate, of_rate in sorted(runs.items()))
-    try:
-        optimum = best_rate(tried, lower_is_better=study.lower_is_better)
-    except ValueError as error:
-        raise ValueError(f"{arm}: {error}") from None
+    optimum = best_rate(tried, lower_is_better=study.lower_is_better)
     experiment = study.experiment(arm, study.tune.seeds[0])
     members = [member for of_rate in runs.values() for member in of_rate]
     # Of an arm that builds on another run, the vocabulary is that run's.
     with planned_experiment(study, arm, study.tune.seeds[0]) as planned:
         ceiling = _untrained(planned, members, study.metric)
-    if ceiling is None:
-        finished = [each.value for each in tried if each.value is not None]
+    finished = [each.value for each in tried if each.value is not None]
+    if ceiling is None and finished:
         ceiling = max(finished) if study.lower_is_better else min(finished)
     return Tuned(
         arm=arm,
@@ -306,7 +311,9 @@ def _choose(study: Study, arm: str, runs: Mapping[float, Sequence[Any]]) -> Tune
         is_fitted=optimum.is_fitted,
         is_resolved=optimum.is_resolved,
         reason=optimum.reason,
-        sensitivity=sensitivity(tried, ceiling=ceiling, lower_is_better=study.lower_is_better),
+        sensitivity=sensitivity(tried, ceiling=ceiling, lower_is_better=study.lower_is_better)
+        if finished and ceiling is not None
+        else None,
         ceiling=ceiling,
     )
 
@@ -328,14 +335,12 @@ def best_rate(tried: Sequence[TriedRate], *, lower_is_better: bool = True) -> Op
     """Return the minimum of a quadratic in log2 of the rate, through the best rate and its neighbours.
 
     It is not resolved at the edge of the grid, nor next to a run that failed. Next to a rate that diverged
-    the optimum is enclosed, but no quadratic can be fitted: it is the rate of the grid.
+    the optimum is enclosed, but no quadratic can be fitted: it is the rate of the grid. If no rate has
+    finished, it is the lowest one, at which training is the least likely to diverge, and not resolved.
 
     Args:
       tried: in rising order of the rates.
       lower_is_better: whether the metric should be low.
-
-    Raises:
-      ValueError: no rate has finished.
     """
     sign = 1.0 if lower_is_better else -1.0
     losses = [None if each.value is None else sign * each.value for each in tried]
@@ -343,8 +348,7 @@ def best_rate(tried: Sequence[TriedRate], *, lower_is_better: bool = True) -> Op
     middle = (len(tried) - 1) / 2
     finished = [(loss, abs(index - middle), index) for index, loss in enumerate(losses) if loss is not None]
     if not finished:
-        rates = ", ".join(f"{each.rate:.3g}" for each in tried)
-        raise ValueError(f"no run finished at any of the rates {rates}")
+        return _no_optimum(tried)
     loss, _, index = min(finished)
 
     def optimum(reason: str = "", *, is_resolved: bool = True) -> Optimum:
@@ -377,6 +381,17 @@ def best_rate(tried: Sequence[TriedRate], *, lower_is_better: bool = True) -> Op
     # Further digits are noise, and would be in every command that repeats a run.
     rate = float(f"{2.0**log_rate:.4g}")
     return Optimum(rate=rate, value=sign * minimum, is_fitted=True, is_resolved=True, reason="")
+
+
+def _no_optimum(tried: Sequence[TriedRate]) -> Optimum:
+    """Return the lowest rate of a sweep of which no run finished."""
+    is_diverged = all(each.status == DIVERGED for each in tried)
+    reason = (
+        "Training diverges at every rate that was tried: widen the grid to lower rates"
+        if is_diverged
+        else "Runs failed at rates that were tried, and none finished: see their errors"
+    )
+    return Optimum(rate=tried[0].rate, value=None, is_fitted=False, is_resolved=False, reason=reason)
 
 
 def _parabola(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:

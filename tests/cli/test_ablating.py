@@ -232,13 +232,21 @@ def test_arms_that_build_on_runs_of_other_arms(ablate: Ablate, stub: StubTrainer
     assert code == 0 and [lr for lr, _ in asked(stub)] == [8e-4, 8e-4, 2e-3, 2e-3, 2e-3, 2e-3]
 
 
-def test_a_source_that_failed(ablate: Ablate, stub: StubTrainer, tmp_path: Path) -> None:
+def test_a_source_that_failed_or_diverged(ablate: Ablate, stub: StubTrainer, tmp_path: Path) -> None:
     (tmp_path / "built_on.py").write_text(BUILT_ON)
-    stub.statuses = {(1e-3, 1): "diverged"}
+    stub.errors = {(1e-3, 1): ValueError("too wide")}
     code, out, _ = ablate("built_on.py", "--json")
     failed = json.loads(out)["studies"][2]["failed"]
     assert code == 1 and [(one["arm"], one["seed"]) for one in failed] == [("base", 1), ("again", 1)]
-    assert failed[0]["error"] == "base is diverged with seed 1, so there is no run to build on"
+    assert failed[0]["error"] == "base failed with seed 1, so that there is nothing to build on"
+    # Divergence is an outcome of all that builds on it: nothing is left to try again.
+    stub.errors = {}
+    stub.statuses = {(1e-3, 1): "diverged"}
+    code, out, _ = ablate("built_on.py", "--json")
+    last = json.loads(out)["studies"][2]
+    assert code == 0 and last["failed"] == [] and last["members_left"] == 0
+    arms = {arm["arm"]: arm["diverged"] for arm in last["findings"]["arms"]}
+    assert arms == {"base": [1], "taught": [], "again": [1]}
 
 
 TUNED = """

@@ -147,9 +147,15 @@ def test_a_changed_recipe_is_a_changed_member(tmp_path: Path, made: list) -> Non
 
 def test_of_what_did_not_finish_nothing_is_made(tmp_path: Path, made: list) -> None:
     members = run_study(asked(), tmp_path, train=trainer(statuses={(1e-3, 1): "diverged"}))
-    (failed,) = [one for one in members if one.status == "failed"]
-    assert (failed.arm, failed.seed, len(made)) == ("rounded", 1, 2)
-    assert failed.error == "full is diverged with this seed, so there is nothing to derive it from"
+    full, rounded = [one for one in members if one.status == "diverged"]
+    assert (full.arm, rounded.arm, rounded.seed, len(made)) == ("full", "rounded", 1, 2)
+    assert rounded.error == "full diverged with seed 1, so that there is nothing to build on"
+    # An outcome: it is not tried again, and the seed is not left out of the comparison.
+    assert run_study(asked(), tmp_path, train=trainer()) == members
+    findings = analyze(asked(), members)
+    assert findings.arm("rounded").diverged == (1,)
+    text = "rounded, seed 1: diverged (full diverged with seed 1, so that there is nothing to build on), and"
+    assert any(note.startswith(text) for note in findings.notes)
     report = report_recovery(asked(), members)
     assert report.arms[2].recoveries[0].pairs == (0, 2)
     assert "QAT: only 2 seeds have finished in all three arms: train 3 or more." in report.notes

@@ -78,8 +78,11 @@ def test_rates_that_diverge_enclose_the_optimum() -> None:
     failed = (*tried[:2], dataclasses.replace(tried[2], value=None, status="failed"), tried[3])
     unknown = best_rate(failed)
     assert not unknown.is_resolved and unknown.reason == "the run at 0.002 failed"
-    with pytest.raises(ValueError, match="no run finished at any of the rates 0.0005, 0.001, 0.002, 0.004"):
-        best_rate(sweep(lambda rate: None))
+    nowhere = best_rate(sweep(lambda rate: None))
+    assert (nowhere.rate, nowhere.value, nowhere.is_resolved) == (GRID[0], None, False)
+    assert nowhere.reason == "Training diverges at every rate that was tried: widen the grid to lower rates"
+    failed = best_rate([dataclasses.replace(each, value=None, status="failed") for each in tried])
+    assert not failed.is_resolved and "none finished: see their errors" in failed.reason
 
 
 def test_a_flat_curve_has_no_fit() -> None:
@@ -166,8 +169,31 @@ def test_runs_that_diverge_count_as_no_training(tmp_path: Path) -> None:
     # The stub's loss and bits per byte are equal: a token of nano's tokenizer has log(4096) nats.
     assert slow.ceiling == pytest.approx(math.log(4096))
     values = [each.value for each in slow.tried[:3] if each.value is not None]
+    assert slow.ceiling is not None
     excess = sum(values) - 3 * min(values) + slow.ceiling - min(values)
     assert slow.sensitivity == pytest.approx(excess / 4)
+
+
+def test_an_arm_that_diverges_at_every_rate_does_not_stop_the_study(tmp_path: Path) -> None:
+    rates = tuning_study(study()).arms[4:8]
+    statuses = {(factor * 1.6e-2, seed): "diverged" for factor in (0.5, 1, 2, 4) for seed in (*SEEDS, 0, 1)}
+    train = dataclasses.replace(trainer(), statuses=statuses)
+    after, tuned = tune(
+        study(), tmp_path, run=lambda each, directory: run_study(each, directory, train=train)
+    )
+    assert {arm.name.split(" at ")[0] for arm in rates} == {"fast"}
+    slow, fast = tuned
+    assert slow.is_resolved and slow.value is not None
+    assert (fast.rate, fast.value, fast.sensitivity) == (0.8e-2, None, None)
+    assert unresolved_arms(after, tuned) == ("fast", "rounded")
+    (note,) = fast.notes()
+    assert "0.016 (diverged)" in note and note.endswith("to lower rates. Its verdicts are not resolved.")
+    assert loads(Tuned, dumps(fast)) == fast
+    # Its members, and what is derived from them, have diverged: outcomes that are not tried again.
+    members = run_study(after, tmp_path / "runs", train=train)
+    ended = {(member.arm, member.seed): member for member in members}
+    assert [ended[arm, seed].status for arm in ("fast", "rounded") for seed in (0, 1)] == ["diverged"] * 4
+    assert ended["rounded", 1].error == "fast diverged with seed 1, so that there is nothing to build on"
 
 
 def test_tuning_seeds_never_judge(tmp_path: Path) -> None:
