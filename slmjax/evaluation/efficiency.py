@@ -10,7 +10,6 @@ import functools
 import logging
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 from slmjax.checkpoints.loading import Loaded
 from slmjax.models import zoo
 from slmjax.sampling import SamplingConfig, sample
+from slmjax.telemetry.peak_memory import peak_bytes
 
 ROUNDS = 5
 NEW_TOKENS = 64
@@ -108,22 +108,11 @@ def measure_efficiency(
         time_to_first_token=first,
         # The first token is part of the prompt's time, and is subtracted from both.
         decode_tokens_per_second=(new_tokens - 1) / decoding,
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=peak_bytes(jax.devices()[:1]),
         energy_joules_per_token=None
         if tracker is None
         else _energy(tracker, functools.partial(decode, prompt=prompt[:1]), new_tokens),
     )
-
-
-def _peak_memory() -> int:
-    statistics_of_device = jax.devices()[0].memory_stats() or {}
-    # JAX has no memory statistics on a CPU.
-    if "peak_bytes_in_use" in statistics_of_device:
-        return int(statistics_of_device["peak_bytes_in_use"])
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 
 
 def _energy_tracker() -> Any:

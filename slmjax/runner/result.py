@@ -51,6 +51,9 @@ class Result:
     log_lines_lost: int = 0  # records of this session that a full disk kept from log.jsonl
     # runs that were trained in the same program in this session: its seconds are those of all of them
     population: int = 1
+    # most memory on a device, on a CPU resident memory of the process; of all of them for a population. None
+    # where an earlier run of the process hides it
+    session_peak_memory_bytes: int | None = None
 
 
 def write_result(run: RunDirectory, result: Result, *, resume: str) -> Result:

@@ -38,6 +38,7 @@ from slmjax.runner.result import Result, write_heldout_documents, write_page, wr
 from slmjax.runner.session import Session, open_session, resume_command
 from slmjax.runner.session_record import run_seconds
 from slmjax.stop_signals import INTERRUPTED_STATUS, Stopped, StopSignals
+from slmjax.telemetry.peak_memory import PeakMemory
 from slmjax.telemetry.recorded_environment import commit
 from slmjax.telemetry.run_directory import Category
 from slmjax.training.experiment import Experiment
@@ -125,6 +126,7 @@ class Loop:
         self.trained = session.trained
         self.activity = "training"  # or "evaluation"
         self.population = 1  # runs that are trained in the same program
+        self.peak_memory = PeakMemory(self.setup.mesh.local_devices)
         assert session.state is not None
         self.first_step = int(session.state.step)
         self.step = self.first_step
@@ -571,4 +573,5 @@ def _result(
         part_loss=loop.part_loss,
         log_lines_lost=telemetry.log.lost,
         population=loop.population,
+        session_peak_memory_bytes=loop.peak_memory.bytes_so_far(),
     )
