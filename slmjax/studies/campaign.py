@@ -17,6 +17,7 @@ import enum
 from collections.abc import Sequence
 from pathlib import Path
 
+from slmjax.studies.caveats import counted
 from slmjax.studies.findings import FINDINGS, ArmSummary, Comparison, Findings, read_findings
 from slmjax.studies.statistics.campaigns import benjamini_yekutieli, e_bh, mixed_e_value
 from slmjax.studies.statistics.verdicts import Verdict
@@ -100,7 +101,8 @@ class JudgedCampaign:
     directory: str
     rate: float  # largest expected fraction of false verdicts among those that survive
     control: Control
-    num_tests: int
+    num_tests: int  # of differences, one for each comparison, and of equality, for those with a margin
+    num_equality_tests: int  # of these
     comparisons: tuple[CampaignComparison, ...]
     problems: tuple[str, ...] = ()
     version: int = 1
@@ -190,6 +192,7 @@ def judge_campaign(
         rate=rate,
         control=control,
         num_tests=len(tests),
+        num_equality_tests=len(tests) - len(items),
         comparisons=tuple(comparisons),
         problems=campaign.problems,
     )
@@ -282,15 +285,22 @@ def _table(judged: JudgedCampaign) -> TextTable:
         for item in ordered
     )
     return TextTable(
-        title=f"Campaign {judged.directory}: {judged.num_tests} tests, {judged.control.value}, at most "
-        f"{100 * judged.rate:g} % false discoveries",
+        title=f"Campaign {judged.directory}: {counted(judged.num_tests, 'test')}, {judged.control.value}, at "
+        f"most {100 * judged.rate:g} % false discoveries",
         head=("study", "arms", "difference", "adjusted p", "verdict", "survives"),
         rows=rows,
     )
 
 
 def _lines(judged: JudgedCampaign) -> list[str]:
-    lines = []
+    num = len(judged.comparisons)
+    lines = [f"Tests: one of the difference for each of {counted(num, 'comparison')}."]
+    # Every test counts, those whose p value is not shown, too.
+    if judged.num_equality_tests:
+        lines = [
+            f"Tests: one of the difference for each of {counted(num, 'comparison')}, and one of equality for "
+            f"each of {judged.num_equality_tests:,} of them, whose studies state a margin."
+        ]
     for item in judged.comparisons:
         if item.promotion is None:
             continue

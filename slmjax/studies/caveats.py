@@ -107,7 +107,9 @@ def noise_notes(outcomes: Outcomes, judged: Judged) -> list[str]:
     for (arm, against), judgement in zip(outcomes.question.pairs, judged.comparisons, strict=True):
         if judgement is None:
             shared = len(outcomes.paired_seeds((arm, against), metric))
-            notes.append(f"{arm} and {against} have {shared} seeds in common: a comparison needs 2.")
+            notes.append(
+                f"{arm} and {against} have {counted(shared, 'seed')} in common: a comparison needs 2."
+            )
         elif judgement.standard_error == 0:
             notes.append(
                 f"{arm} and {against} differ by the same {metric} with every seed: the seeds have no effect "
@@ -120,6 +122,12 @@ def noise_notes(outcomes: Outcomes, judged: Judged) -> list[str]:
             f"Bootstrap intervals of {min(pairs)} pairs are only indicative: with so few they are too narrow."
         )
     return notes
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which takes an s in the plural: "1 seed", "2 degrees of freedom"."""
+    first, *rest = noun.split(" ")
+    return f"{number:,} {' '.join([first if number == 1 else f'{first}s', *rest])}"
 
 
 def format_count(value: float) -> str:

@@ -112,6 +112,11 @@ def test_verdicts_are_judged_over_all_studies(tmp_path: Path) -> None:
     assert not any(item.survives for item in strict.comparisons)
     text = campaign_markdown(result)
     assert "| study-0 | fast − slow | −0.1" in text and "12 tests, benjamini-yekutieli" in text
+    assert (
+        "Tests: one of the difference for each of 6 comparisons, and one of equality for each of 6 of" in text
+    )
+    without = dataclasses.replace(result, num_tests=6, num_equality_tests=0)
+    assert "Tests: one of the difference for each of 6 comparisons.\n" in campaign_markdown(without)
     assert "fast (study-0) is no new baseline yet: run it again with seeds from 3 on." in text
     by_e_values = judge_campaign(campaign, control=Control.E_BH)
     assert all(
