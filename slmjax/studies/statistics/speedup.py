@@ -41,16 +41,26 @@ class PowerLaw:
         return self.asymptote + math.exp(self.intercept - self.exponent * math.log(compute))
 
 
+class Reach(enum.Enum):
+    """Whether the base has an arm's loss with the compute of some of its sizes."""
+
+    WITHIN = "within"
+    BEYOND = "more than"  # with more compute than its largest size has
+    BELOW = "less than"  # with less compute than its smallest size has
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speedup:
     """How much more compute the base needs to match an arm."""
 
-    factor: float
-    # None where the curve is too uncertain for an interval, or has no degrees of freedom; an end is None
-    # where it lies outside of the curve's points, and these are interpolated
+    # compute of the base over that of the arm; None where the base's sizes do not reach the loss, and nothing
+    # is extrapolated
+    factor: float | None
+    # None where the curve is too uncertain for an interval, or has no degrees of freedom. An end is None if
+    # it is open: the base's sizes do not reach a loss that the arm may have
     interval: tuple[float | None, float | None] | None
-    base_compute: float  # with which the base has the arm's loss
-    is_extrapolated: bool  # outside of the base's sizes
+    reach: Reach
+    limits: Interval  # compute of the base's smallest and largest size over that of the arm
 
 
 def fit_power_law(
@@ -66,7 +76,8 @@ def fit_power_law(
         the loss does not fall with compute.
     """
     x = _log_compute(compute, losses)
-    if min(min(values) for values in losses) <= asymptote:
+    # Written as `not >`, so that NaN is refused.
+    if not min(min(values) for values in losses) > asymptote or math.isinf(asymptote):
         raise ValueError(f"the asymptote is {asymptote}: give one below all losses, such as 0")
     logs = [np.log(np.asarray(values, np.float64) - asymptote) for values in losses]
     y = np.array([values.mean() for values in logs])
@@ -117,12 +128,7 @@ def effective_speedup(
     Raises:
       ValueError: the compute is not above 0, there is no loss, or one is not above the asymptote.
     """
-    if not compute > 0:
-        raise ValueError(f"the compute of the arm is {compute}: give a number above 0, such as its FLOPs")
-    if not len(losses) or min(losses) <= curve.asymptote:
-        raise ValueError(
-            f"losses of the arm are {list(losses)}: give at least one, above the asymptote {curve.asymptote}"
-        )
+    _check_arm(compute, losses, asymptote=curve.asymptote)
     y = float(np.mean(np.log(np.asarray(losses, np.float64) - curve.asymptote)))
     x = np.log(np.asarray(curve.compute))
     at = (curve.intercept - y) / curve.exponent
@@ -133,9 +139,17 @@ def effective_speedup(
     return Speedup(
         factor=math.exp(at) / compute,
         interval=interval,
-        base_compute=math.exp(at),
-        is_extrapolated=not x.min() <= at <= x.max(),
+        reach=Reach.BEYOND if at > x.max() else Reach.BELOW if at < x.min() else Reach.WITHIN,
+        limits=(min(curve.compute) / compute, max(curve.compute) / compute),
     )
+
+
+def _check_arm(compute: float, losses: Sequence[float], *, asymptote: float = -math.inf) -> None:
+    if not (compute > 0 and math.isfinite(compute)):
+        raise ValueError(f"the compute of the arm is {compute}: give a number above 0, such as its FLOPs")
+    if not len(losses) or not np.isfinite(losses).all() or min(losses) <= asymptote:
+        above = f", above the asymptote {asymptote}" if math.isfinite(asymptote) else ""
+        raise ValueError(f"losses of the arm are {list(losses)}: give at least one, all finite{above}")
 
 
 def _inverse_prediction(
@@ -166,29 +180,32 @@ def interpolated_speedup(
     arm_compute: float,
     arm_losses: Sequence[float],
     confidence: float = 0.95,
-) -> Speedup | None:
-    """Return the speed-up from the points of the base's curve alone; None if the arm's loss is outside.
+) -> Speedup:
+    """Return the speed-up from the points of the base's curve alone.
 
     Between points, the loss is linear in log compute; means that rise with compute are averaged (isotonic
-    regression). No law is assumed, so that nothing is extrapolated. The interval is that of the losses: from
-    the points where the curve has the arm's mean loss, more or less t standard errors of the difference of
-    two means. The noise of one run is pooled over the sizes and the arm.
+    regression). No law is assumed, so that nothing is extrapolated: where no size of the base reaches the
+    arm's loss, all that is known is that the factor is above the larger of the limits, or below the smaller.
+    The interval is that of the losses: from the points where the curve has the arm's mean loss, more or less
+    t standard errors of the difference of two means. The noise of one run is pooled over the sizes and the
+    arm. An end is open where the base does not reach it, and a limit where it is beyond that for certain.
 
     Raises:
-      ValueError: as for `fit_power_law`.
+      ValueError: as for `fit_power_law` and `effective_speedup`; the loss of the base may rise.
     """
     x = _log_compute(compute, losses)
+    _check_arm(arm_compute, arm_losses)
     order = np.argsort(x)
     x = x[order]
     means = np.array([float(np.mean(losses[i])) for i in order])
     falling = optimize.isotonic_regression(means, increasing=False).x
     arm = float(np.mean(arm_losses))
-    if not falling[-1] <= arm <= falling[0]:
-        return None
+    limits = (min(compute) / arm_compute, max(compute) / arm_compute)
 
-    def factor(loss: float) -> float | None:
-        if not falling[-1] <= loss <= falling[0]:
-            return None
+    def reach(loss: float) -> Reach:
+        return Reach.BEYOND if loss < falling[-1] else Reach.BELOW if loss > falling[0] else Reach.WITHIN
+
+    def factor(loss: float) -> float:
         # `interp` needs rising abscissas.
         return math.exp(float(np.interp(-loss, -falling, x))) / arm_compute
 
@@ -200,10 +217,17 @@ def interpolated_speedup(
         # Next to the arm's loss, the curve is the mean of about one size.
         error = math.sqrt(within * (1 / len(arm_losses) + 1 / min(len(values) for values in losses)))
         half_width = float(stats.t.ppf((1 + confidence) / 2, degrees)) * error
-        interval = (factor(arm + half_width), factor(arm - half_width))
-    value = factor(arm)
-    assert value is not None
-    return Speedup(factor=value, interval=interval, base_compute=value * arm_compute, is_extrapolated=False)
+        # Outside of the sizes `factor` is the limit on that side.
+        interval = (
+            None if reach(arm + half_width) is Reach.BELOW else factor(arm + half_width),
+            None if reach(arm - half_width) is Reach.BEYOND else factor(arm - half_width),
+        )
+    return Speedup(
+        factor=factor(arm) if reach(arm) is Reach.WITHIN else None,
+        interval=interval,
+        reach=reach(arm),
+        limits=limits,
+    )
 
 
 # Trends -----------------------------------------------------------------------------------------------------
@@ -261,13 +285,15 @@ def gap_trend(
       confidence: of the interval; the direction is resolved at 1 - confidence.
 
     Raises:
-      ValueError: the lengths differ, there are fewer than two sizes, or an error is not above 0.
+      ValueError: the lengths differ, there are fewer than two sizes, or an error is not above 0 or not
+        finite: a size whose error is not known says nothing about the trend, and is to be left out.
     """
     x = _log_compute(compute, [[gap] for gap in gaps]) / math.log(10)
     y = np.asarray(gaps, np.float64)
-    if len(errors) != len(y) or not all(error > 0 for error in errors):
+    if len(errors) != len(y) or not all(0 < error < math.inf for error in errors):
         raise ValueError(
-            f"errors are {list(errors)}: give a standard error above 0 for each of the {len(y)} gaps"
+            f"errors are {list(errors)}: give a finite standard error above 0 for each of the {len(y)} gaps, "
+            "and leave out sizes whose error is not known"
         )
     weights = 1 / np.square(np.asarray(errors, np.float64))
     total = float(weights.sum())
@@ -310,6 +336,10 @@ def _log_compute(compute: Sequence[float], losses: Sequence[Sequence[float]]) ->
             f"{len(set(compute))} sizes with losses of {len(losses)}: give at least two sizes, each once, "
             "and the losses of each"
         )
-    if not min(compute) > 0 or not all(len(values) and np.isfinite(values).all() for values in losses):
-        raise ValueError("give a compute above 0 and at least one finite loss for each size")
+    is_positive = all(0 < value < math.inf for value in compute)
+    if not is_positive or not all(len(values) and np.isfinite(values).all() for values in losses):
+        raise ValueError(
+            f"compute of the sizes is {list(compute)}: give each a finite one above 0, and at least one "
+            "finite loss"
+        )
     return np.log(np.asarray(compute, np.float64))

@@ -9,6 +9,8 @@ from statsmodels.regression.linear_model import OLS, WLS
 
 from slmjax.studies.statistics.speedup import (
     Direction,
+    Reach,
+    Speedup,
     Trend,
     effective_speedup,
     fit_power_law,
@@ -28,9 +30,10 @@ def test_an_exact_curve_is_recovered() -> None:
     curve = fit_power_law(COMPUTE, losses, asymptote=0.5)
     assert curve.exponent == pytest.approx(0.1) and curve.loss(1e17) == pytest.approx(law(1e17))
     speedup = effective_speedup(curve, compute=4e15, losses=[law(8e15)])
-    assert speedup.factor == pytest.approx(2) and speedup.base_compute == pytest.approx(8e15)
-    assert not speedup.is_extrapolated
-    assert effective_speedup(curve, compute=3e16, losses=[law(4e16)]).is_extrapolated
+    assert speedup.factor == pytest.approx(2) and speedup.reach is Reach.WITHIN
+    assert speedup.limits == pytest.approx((0.25, 7.5))
+    assert effective_speedup(curve, compute=3e16, losses=[law(4e16)]).reach is Reach.BEYOND
+    assert effective_speedup(curve, compute=1e15, losses=[law(9e14)]).reach is Reach.BELOW
     assert speedup.interval is not None and speedup.interval == pytest.approx((2, 2), rel=1e-5)
 
 
@@ -60,7 +63,8 @@ def test_intervals_are_where_predictions_hold_the_loss() -> None:
         frame = fit.get_prediction([[1.0, at]]).summary_frame(alpha=0.2)
         return float(frame[f"obs_ci_{side}"].iloc[0]) - float(target)
 
-    center = math.log(speedup.base_compute)
+    assert speedup.factor is not None
+    center = math.log(speedup.factor * 5e15)
     ends = [
         optimize.brentq(excess, center - 20, center, args=("lower",)),
         optimize.brentq(excess, center, center + 20, args=("upper",)),
@@ -98,17 +102,37 @@ def test_intervals_hold_the_true_speed_up() -> None:
 def test_interpolation_needs_no_law() -> None:
     losses = [[1.6, 1.62], [1.5, 1.5], [1.3, 1.3], [1.32, 1.28]]
     speedup = interpolated_speedup(COMPUTE, losses, arm_compute=1e15, arm_losses=[1.4, 1.4])
-    assert speedup is not None and not speedup.is_extrapolated
+    assert speedup.reach is Reach.WITHIN
     # Halfway between 1.5 and 1.3, in the logarithm of compute.
     assert speedup.factor == pytest.approx(math.sqrt(3 * 10))
     assert speedup.interval is not None
     low, high = speedup.interval
     # 1.3 is where the curve ends: the arm may be better than all of it.
+    assert speedup.factor is not None
     assert low is not None and low < speedup.factor and (high is None or high > speedup.factor)
-    assert interpolated_speedup(COMPUTE, losses, arm_compute=1e15, arm_losses=[1.2]) is None
     # Means that rise are averaged, here to 1.4.
     rising = interpolated_speedup([1, 2, 4], [[1.6], [1.3], [1.5]], arm_compute=1, arm_losses=[1.5])
-    assert rising is not None and rising.factor == pytest.approx(math.sqrt(2)) and rising.interval is None
+    assert rising.factor == pytest.approx(math.sqrt(2)) and rising.interval is None
+
+
+def test_where_the_base_does_not_reach_the_loss_only_a_limit_is_known() -> None:
+    losses = [[1.6, 1.61], [1.5, 1.51], [1.4, 1.41], [1.3, 1.31]]
+
+    def speedup(*arm: float) -> Speedup:
+        return interpolated_speedup(COMPUTE, losses, arm_compute=1e16, arm_losses=arm)
+
+    beyond = speedup(1.1, 1.1)
+    assert (beyond.factor, beyond.reach) == (None, Reach.BEYOND) and beyond.limits == pytest.approx((0.1, 3))
+    # More than three times for certain, and without an upper end.
+    assert beyond.interval is not None and beyond.interval[0] == pytest.approx(3)
+    assert beyond.interval[1] is None
+    # Beyond the largest size by less than its noise: the lower end is within the sizes.
+    hardly = speedup(1.304, 1.304)
+    assert hardly.reach is Reach.BEYOND and hardly.interval is not None
+    assert hardly.interval[0] is not None and 1 < hardly.interval[0] < 3 and hardly.interval[1] is None
+    below = speedup(1.9, 1.9)
+    assert (below.factor, below.reach) == (None, Reach.BELOW) and below.interval is not None
+    assert below.interval[0] is None and below.interval[1] == pytest.approx(0.1)
 
 
 def trend(gaps: list[float]) -> Trend:
@@ -155,6 +179,17 @@ def test_wrong_numbers_are_refused() -> None:
         (lambda: effective_speedup(curve, compute=0.0, losses=[1.0]), "compute of the arm is 0"),
         (lambda: effective_speedup(curve, compute=1.0, losses=[]), "give at least one"),
         (lambda: gap_trend([1.0, 2.0], gaps=[0.1, 0.1], errors=[0.1, 0.0]), "standard error above 0"),
+        (lambda: gap_trend([1.0, 2.0], gaps=[0.1, 0.1], errors=[0.1, math.inf]), "leave out sizes"),
+        (lambda: gap_trend([1.0, 2.0], gaps=[0.1, 0.1], errors=[math.nan, 0.1]), "leave out sizes"),
+        (lambda: gap_trend([1.0, math.inf], gaps=[0.1, 0.1], errors=[0.1, 0.1]), "give each a finite one"),
+        (lambda: fit_power_law([math.nan, 2.0], [[1.2], [1.0]]), "give each a finite one"),
+        (lambda: fit_power_law([1.0, 2.0], [[1.2], [1.0]], asymptote=math.nan), "asymptote is nan"),
+        (lambda: effective_speedup(curve, compute=math.inf, losses=[1.0]), "compute of the arm is inf"),
+        (lambda: effective_speedup(curve, compute=1.0, losses=[1.0, math.nan]), "all finite"),
+        (
+            lambda: interpolated_speedup([1, 2], [[2.0], [1.0]], arm_compute=1, arm_losses=[]),
+            "give at least one",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
