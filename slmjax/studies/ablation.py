@@ -12,22 +12,31 @@ without the others.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from slmjax.config import near_names
 from slmjax.stored_json import read_object
 from slmjax.studies.arms import Derived
-from slmjax.studies.findings import Findings, analyze, write_findings
+from slmjax.studies.findings import (
+    FINDINGS,
+    Findings,
+    analyze,
+    ladder_of,
+    read_findings,
+    unresolved,
+    with_flops,
+    write_findings,
+)
 from slmjax.studies.matching import Matched, at_matched, match_arms
 from slmjax.studies.noise import ledger_of, record_noise
 from slmjax.studies.plan import StudyPlan, plan_study
 from slmjax.studies.recovery import RecoveryReport, measure, report_recovery
 from slmjax.studies.recovery_layout import write_recovery
 from slmjax.studies.report import write_study_report, write_tuned
+from slmjax.studies.report.counting import count_costs, read_costs
 from slmjax.studies.running import run_study
-from slmjax.studies.statistics.verdicts import Verdict
 from slmjax.studies.study import FAILED, Member, OnChange, Study, read_members
 from slmjax.studies.study_directory import (
     PLAN,
@@ -61,6 +70,14 @@ class Ablation:
     def directory_of(self, study: Study) -> Path:
         """Return the directory of one study: of its own if the file has several."""
         return self.directory / study.directory if len(self.studies) > 1 else self.directory
+
+    def ladder_of(self, study: Study) -> dict[str, Path]:
+        """Return the directories of all sizes of a study's ladder, by size; empty without a ladder."""
+        return {
+            each.size: self.directory_of(each)
+            for each in self.studies
+            if study.ladder and each.ladder == study.ladder
+        }
 
     @property
     def arm_names(self) -> tuple[str, ...]:
@@ -212,11 +229,12 @@ def run_ablation(
             write_tuned(directory.path, tuned)
         members = run(study, directory.path, **options)
         ledger = ledger_of(ablation.directory)
-        outcome = conclude(study, members, directory, tuned=tuned, ledger=ledger)
+        sizes = ablation.ladder_of(study)
+        outcome = conclude(study, members, directory, tuned=tuned, ledger=ledger, sizes=sizes)
         # Another worker may have ended a member, and written its findings before these.
         while len(newer := read_members(study, directory.path, on_change=directory.on_change)) > len(members):
             members = newer
-            outcome = conclude(study, members, directory, tuned=tuned, ledger=ledger)
+            outcome = conclude(study, members, directory, tuned=tuned, ledger=ledger, sizes=sizes)
         yield outcome
 
 
@@ -315,8 +333,11 @@ def conclude(
     *,
     tuned: Sequence[Tuned] = (),
     ledger: Path | None = None,
+    sizes: Mapping[str, Path] | None = None,
 ) -> Outcome:
     """Analyze the members of a study that ended, and write its findings and its reports.
+
+    On a ladder, the findings of the other sizes are written again, with what all sizes show together.
 
     Args:
       study: as it was run.
@@ -324,9 +345,14 @@ def conclude(
       directory: of the study.
       tuned: the learning rates of its arms, if they were tuned.
       ledger: of the noise of runs, for the plans of later studies (none: it is not recorded).
+      sizes: directories of all sizes of its ladder, by size (none: it has no ladder).
     """
     changes = [change.text for change in directory.changes_since_lock()]
     findings = _without_unresolved(analyze(study, members, changes=changes), study, tuned)
+    count_costs(directory.path, members)
+    costs = read_costs(directory.path)
+    flops = {arm: cost["flops"] for arm, cost in costs.items() if "flops" in cost}
+    findings = _with_ladder(with_flops(findings, study, flops), study, sizes or {})
     write_findings(findings, directory.path)
     if ledger is not None:
         record_noise(ledger, findings, members)
@@ -344,15 +370,35 @@ def conclude(
     )
 
 
+def _with_ladder(findings: Findings, study: Study, sizes: Mapping[str, Path]) -> Findings:
+    """Return findings with those of all sizes that have any, and write them to the other sizes, too."""
+    known: dict[str, Findings] = {}
+    for size, directory in sizes.items():
+        if size == study.size:
+            known[size] = findings
+        elif (directory / FINDINGS).is_file():
+            try:
+                known[size] = read_findings(directory)
+            # The verdicts of this size do not depend on that file.
+            except ValueError as error:
+                log.warning("the ladder of %s is shown without %s: %s", study.ladder, size, error)
+    if len(known) < 2:
+        return findings
+    ladder = ladder_of(study.ladder, known, asymptote=study.asymptote)
+    for size, other in known.items():
+        if size != study.size and other.ladder != ladder:
+            other = dataclasses.replace(other, ladder=ladder)
+            write_findings(other, sizes[size])
+            write_study_report(sizes[size], other)
+    return dataclasses.replace(findings, ladder=ladder)
+
+
 def _without_unresolved(findings: Findings, study: Study, tuned: Sequence[Tuned]) -> Findings:
     """Return findings without verdicts on arms whose best learning rate is not resolved."""
-    unresolved = unresolved_arms(study, tuned)
+    arms = unresolved_arms(study, tuned)
     comparisons = tuple(
-        dataclasses.replace(
-            comparison,
-            judgement=dataclasses.replace(comparison.judgement, verdict=Verdict.NOT_RESOLVED),
-        )
-        if comparison.judgement is not None and {comparison.arm, comparison.against} & {*unresolved}
+        unresolved(comparison, f"the best learning rate of {' and '.join(named)} is not resolved")
+        if (named := [arm for arm in (comparison.arm, comparison.against) if arm in arms])
         else comparison
         for comparison in findings.comparisons
     )

@@ -11,20 +11,30 @@ by `statistics.verdicts.judge`. `layout.py` formats findings as tables.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from scipy import stats
 
 from slmjax.atomic_files import write_text
-from slmjax.config import dumps, read_file
+from slmjax.config import added_field, dumps, read_file
 from slmjax.stored_json import check_object, parse_json
-from slmjax.studies.caveats import budget_notes, data_notes, lost_text_notes, member_notes, noise_notes
+from slmjax.studies.caveats import (
+    budget_notes,
+    counted,
+    data_notes,
+    lost_text_notes,
+    member_notes,
+    noise_notes,
+)
 from slmjax.studies.heldout_text import TextUncertainty, little_text_notes, text_uncertainty
 from slmjax.studies.questions import Outcomes, Pair, Question
-from slmjax.studies.statistics.power import smallest_resolved
+from slmjax.studies.statistics.ladders import LadderFindings, SizeResults, judge_ladder
+from slmjax.studies.statistics.power_of_rules import power_for, seeds_that_resolve, smallest_difference
 from slmjax.studies.statistics.proportions import exact_interval
-from slmjax.studies.statistics.results_table import Rules
+from slmjax.studies.statistics.results_table import Correction, Rules
 from slmjax.studies.statistics.samples import (
     Interval,
     PairedDifference,
@@ -33,9 +43,10 @@ from slmjax.studies.statistics.samples import (
     summarize,
 )
 from slmjax.studies.statistics.verdicts import Judged, Judgement, Noise, Verdict, judge
-from slmjax.studies.study import DIVERGED, FINISHED, Member, Study, member_fingerprint
+from slmjax.studies.study import DIVERGED, FINISHED, STOPPED, Member, Study, member_fingerprint
 
 FINDINGS = "findings.json"
+MEMORY = "memory_bytes"  # metric of the most memory that a run used
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +73,10 @@ class ArmSummary:
     divergence: Divergence | None  # None while no run has ended
     # hash of the experiment without its seed; None if it is not known, or another one for each seed
     experiment: str | None = None
+    # training FLOPs of a run, as counted from its step; of a derived arm those of its source. None: not known
+    flops: float | None = added_field(None, before=None)
+    # mean over runs of the most memory on a device, on a CPU of the process; None if it is not known
+    peak_memory_bytes: float | None = added_field(None, before=None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,11 +88,25 @@ class Comparison:
     judgement: Judgement | None  # None with fewer than two seeds in common
     differences: tuple[float | None, ...]  # as measured, for each seed of the findings
     further_metrics: dict[str, PairedDifference | None]  # without a verdict
+    reason: str = added_field("", before="")  # why it is not resolved, a clause; empty if it is
 
     @property
     def verdict(self) -> Verdict:
         """The verdict on `arm`."""
         return Verdict.NOT_RESOLVED if self.judgement is None else self.judgement.verdict
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AchievedPower:
+    """What the seeds of a study can resolve, at the noise that was found and by its rules."""
+
+    seeds: int
+    smallest_resolved: float  # true difference that is resolved 4 times in 5
+    smallest_effect: float | None  # that is worth having, as the study says
+    power: float | None  # probability that the smallest effect is resolved
+    # that resolve it 4 times in 5; None without one, if over 1,000, or if no look that is left does
+    seeds_needed: int | None
+    could_answer: bool | None  # whether the smallest effect is resolved 4 times in 5; None without one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +132,12 @@ class Findings:
     began: float | None = None  # when the first run began, in seconds since 1970; None if not known
     changes: tuple[str, ...] = ()  # of the study since its first run
     notes: tuple[str, ...] = ()  # caveats: what was left out, or does not compare
+    # of p values for the number of comparisons
+    correction: Correction = added_field(Correction.HOLM, before=Correction.HOLM)
+    # None if the noise is not known, and before the first look
+    power: AchievedPower | None = added_field(None, before=None)
+    # the same question at other sizes; None without a ladder, or with results of one size alone
+    ladder: LadderFindings | None = added_field(None, before=None)
     version: int = 1  # of this file
 
     def arm(self, name: str) -> ArmSummary:
@@ -171,12 +206,14 @@ def analyze_members(question: Question, members: Sequence[Member]) -> Findings:
     outcomes = Outcomes.of(question, members)
     judged = _judge(outcomes)
     comparisons = tuple(
-        _comparison(outcomes, pair, judgement)
+        _comparison(outcomes, pair, judgement, look=judged.look)
         for pair, judgement in zip(question.pairs, judged.comparisons, strict=True)
     )
     # Caveats of a report are collected here, so that no layout can leave them out.
     is_matched, of_budget = budget_notes(outcomes)
+    power = _power(question, judged)
     notes = (
+        *_power_notes(power, comparisons, question.metric),
         *member_notes(outcomes),
         *of_budget,
         *lost_text_notes(outcomes),
@@ -193,13 +230,49 @@ def analyze_members(question: Question, members: Sequence[Member]) -> Findings:
         arms=tuple(_arm_summary(outcomes, arm) for arm in question.arms),
         comparisons=comparisons,
         noise=judged.noise,
-        smallest_resolved=_smallest_resolved(question, judged),
+        smallest_resolved=None if power is None else power.smallest_resolved,
+        correction=question.rules.correction,
+        power=power,
         level=judged.level,
         look=judged.look,
         text=text_uncertainty(question, members),
         budget=None if question.budget is None else question.budget.metric,
         is_matched=is_matched,
         notes=notes,
+    )
+
+
+# Ladders ----------------------------------------------------------------------------------------------------
+def with_flops(findings: Findings, study: Study, flops: Mapping[str, float]) -> Findings:
+    """Return findings whose arms have the training FLOPs of a run, given by trained arm."""
+    arms = tuple(
+        dataclasses.replace(arm, flops=flops.get(study.trained(arm.arm).name)) for arm in findings.arms
+    )
+    return dataclasses.replace(findings, arms=arms)
+
+
+def ladder_of(name: str, sizes: Mapping[str, Findings], *, asymptote: float = 0.0) -> LadderFindings:
+    """Return what the findings of several sizes, by their names, show together (`judge_ladder`)."""
+    first = next(iter(sizes.values()))
+    return judge_ladder(
+        name,
+        [_size_results(size, findings) for size, findings in sizes.items()],
+        lower_is_better=first.rules.lower_is_better,
+        confidence=first.rules.confidence,
+        asymptote=asymptote,
+    )
+
+
+def _size_results(size: str, findings: Findings) -> SizeResults:
+    return SizeResults(
+        size=size,
+        study=findings.study,
+        baseline=findings.baseline,
+        compute={arm.arm: arm.flops for arm in findings.arms if arm.flops},
+        losses={arm.arm: tuple(each for each in arm.values if each is not None) for arm in findings.arms},
+        comparisons=tuple(
+            (item.arm, item.against, item.verdict, item.judgement) for item in findings.comparisons
+        ),
     )
 
 
@@ -217,7 +290,9 @@ def read_findings(path: str | Path) -> Findings:
       ValueError: it is damaged, or of another version.
     """
     path = Path(path)
-    return read_file(Findings, path / FINDINGS if path.is_dir() else path)
+    findings = read_file(Findings, path / FINDINGS if path.is_dir() else path)
+    # It follows from the rules, and files of earlier versions lack it.
+    return dataclasses.replace(findings, correction=findings.rules.correction)
 
 
 # Arms and comparisons ---------------------------------------------------------------------------------------
@@ -246,6 +321,7 @@ def _arm_summary(outcomes: Outcomes, arm: str) -> ArmSummary:
             num_diverged=len(diverged),
             confidence=question.rules.confidence,
         ),
+        peak_memory_bytes=statistics.fmean(memory) if (memory := outcomes.values(arm, MEMORY)) else None,
     )
 
 
@@ -263,13 +339,12 @@ def _divergence(*, num_runs: int, num_diverged: int, confidence: float) -> Diver
     return Divergence(num_runs=num_runs, num_diverged=num_diverged, interval=interval)
 
 
-def _comparison(outcomes: Outcomes, pair: Pair, judgement: Judgement | None) -> Comparison:
+def _comparison(
+    outcomes: Outcomes, pair: Pair, judgement: Judgement | None, *, look: int | None
+) -> Comparison:
     question = outcomes.question
-    # The interval is still shown for arms that do not compare, but no verdict is drawn from it.
-    if judgement is not None and not outcomes.is_comparable(pair):
-        judgement = dataclasses.replace(judgement, verdict=Verdict.NOT_RESOLVED)
     by_seed = [[outcomes.value(arm, seed, question.metric) for arm in pair] for seed in question.seeds]
-    return Comparison(
+    comparison = Comparison(
         arm=pair[0],
         against=pair[1],
         judgement=judgement,
@@ -279,6 +354,12 @@ def _comparison(outcomes: Outcomes, pair: Pair, judgement: Judgement | None) -> 
         # Without a verdict: further tests would have to join the family of Holm's correction.
         further_metrics={name: _difference(outcomes, pair, name) for name in question.further_metrics},
     )
+    is_comparable = outcomes.is_comparable(pair)
+    if is_comparable and comparison.verdict is not Verdict.NOT_RESOLVED:
+        return comparison
+    reason = _reason(outcomes, pair, judgement, look=look)
+    # The interval is still shown for arms that do not compare, but no verdict is drawn from it.
+    return dataclasses.replace(comparison, reason=reason) if is_comparable else unresolved(comparison, reason)
 
 
 def _difference(outcomes: Outcomes, pair: Pair, metric: str) -> PairedDifference | None:
@@ -299,17 +380,83 @@ def _judge(outcomes: Outcomes) -> Judged:
     return Judged(noise=noise, comparisons=(), level=1 - question.rules.confidence, look=None)
 
 
-def _smallest_resolved(question: Question, judged: Judged) -> float | None:
-    """Return the difference that these seeds resolve 4 times in 5; None if the noise is not known."""
+def _power(question: Question, judged: Judged) -> AchievedPower | None:
+    """Return what the seeds resolve; None if the noise is not known, and before the first look."""
     seeds = [len(judgement.seeds) for judgement in judged.comparisons if judgement is not None]
-    if not seeds or not judged.noise.deviation:
+    rules = question.rules
+    if not seeds or not judged.noise.deviation or judged.look == 0:
         return None
-    return smallest_resolved(
-        # Of a pair: that of two runs.
-        math.sqrt(2) * judged.noise.deviation,
-        max(seeds),
-        comparisons=len(question.pairs),
-        degrees_of_freedom=judged.noise.degrees_of_freedom,
-        level=judged.level,
-        variance=question.rules.variance,
+    # Of a pair: that of two runs.
+    deviation = math.sqrt(2) * judged.noise.deviation
+    # At a look, pairs that both diverged may leave fewer seeds than it has.
+    num = judged.look or max(seeds)
+    degrees = judged.noise.degrees_of_freedom
+    comparisons = len(question.pairs)
+    by_rules: dict[str, Any] = {"comparisons": comparisons, "degrees_of_freedom": degrees}
+    effect = rules.smallest_effect
+    smallest = smallest_difference(deviation, num, rules, **by_rules)
+    return AchievedPower(
+        seeds=num,
+        smallest_resolved=smallest,
+        could_answer=None if effect is None else smallest <= effect,
+        smallest_effect=effect,
+        power=None if effect is None else power_for(effect, deviation, num, rules, **by_rules),
+        seeds_needed=None
+        if effect is None
+        else seeds_that_resolve(
+            effect,
+            deviation,
+            rules,
+            comparisons=comparisons,
+            arms=max(2, len(judged.noise.own) - len(judged.noise.apart)),
+        ),
     )
+
+
+def _power_notes(power: AchievedPower | None, comparisons: Sequence[Comparison], metric: str) -> list[str]:
+    """Return a note on a study that could not have answered its question, unless it did."""
+    if power is None or power.could_answer is not False:
+        return []
+    if all(comparison.verdict is not Verdict.NOT_RESOLVED for comparison in comparisons):
+        return []
+    needed = (
+        "No number of seeds up to 1,000, or of the looks that are left, does."
+        if power.seeds_needed is None
+        else f"About {power.seeds_needed:,} seeds would."
+    )
+    return [
+        f"This study could not have answered its question: with the noise there is, {power.seeds} seeds "
+        f"resolve a difference of {power.smallest_resolved:.2g} {metric} 4 times in 5, and the smallest "
+        f"effect worth having is {power.smallest_effect:.2g}, which they find {100 * (power.power or 0):.0f} "
+        f"times in 100. {needed}"
+    ]
+
+
+# Reasons ----------------------------------------------------------------------------------------------------
+def _reason(outcomes: Outcomes, pair: Pair, judgement: Judgement | None, *, look: int | None) -> str:
+    """Return why a comparison is not resolved, or cannot be."""
+    rules = outcomes.question.rules
+    stopped = [arm for arm in pair if outcomes.seeds_with(arm, STOPPED)]
+    if stopped:
+        return f"{' and '.join(stopped)} {'was' if len(stopped) == 1 else 'were'} stopped early"
+    if judgement is None:
+        num = len(outcomes.paired_seeds(pair, outcomes.question.metric))
+        return f"{counted(num, 'seed')} in common, and a comparison needs 2"
+    if not outcomes.is_comparable(pair):
+        return "the tokenizers of the arms lose different parts of the text"
+    if look == 0:
+        return f"no look yet: the first is at {rules.looks[0]} seeds of every arm"
+    if judgement.standard_error == 0:
+        return "the difference is the same with every seed, so that the noise is not known"
+    resolved = judgement.smallest_resolved
+    if resolved is None:
+        return "the difference is not distinguished from noise"
+    return f"the difference is not distinguished from noise: these seeds resolve {resolved:.2g} 4 times in 5"
+
+
+def unresolved(comparison: Comparison, reason: str) -> Comparison:
+    """Return a comparison without a verdict, for a reason that more seeds do not remove."""
+    judgement = comparison.judgement
+    if judgement is not None:
+        judgement = dataclasses.replace(judgement, verdict=Verdict.NOT_RESOLVED, seeds_needed=None)
+    return dataclasses.replace(comparison, judgement=judgement, reason=reason)

@@ -5,8 +5,9 @@ from typing import Any
 from rich.console import Group
 
 from slmjax.config import to_json
-from slmjax.studies.caveats import format_count
+from slmjax.studies.caveats import counted, format_count
 from slmjax.studies.findings import ArmSummary, Comparison, Findings
+from slmjax.studies.statistics.ladders import ladder_lines
 from slmjax.studies.statistics.verdicts import Verdict
 from slmjax.studies.text_tables import (
     ABSENT,
@@ -47,7 +48,8 @@ def findings_json(findings: Findings) -> dict[str, Any]:
 def _lines(findings: Findings) -> list[str]:
     """Return the lines below the tables."""
     lines = (*verdict_lines(findings), noise_line(findings), look_line(findings), budget_line(findings))
-    return [line for line in (*lines, *findings.notes) if line]
+    ladder = () if findings.ladder is None else ladder_lines(findings.ladder)
+    return [line for line in (*lines, *ladder, *findings.notes) if line]
 
 
 def budget_line(findings: Findings) -> str:
@@ -211,7 +213,7 @@ def noise_line(findings: Findings) -> str:
         return ""
     text = (
         f"Noise between seeds: standard deviation {noise.deviation:.3g} of a run "
-        f"({noise.degrees_of_freedom} degrees of freedom)."
+        f"({counted(noise.degrees_of_freedom, 'degree of freedom')})."
     )
     if findings.smallest_resolved is None:
         return text

@@ -13,6 +13,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -24,7 +25,12 @@ from slmjax.studies.matching import Matched
 from slmjax.studies.noise import expected_deviation
 from slmjax.studies.planned import planned_experiment
 from slmjax.studies.questions import Question
-from slmjax.studies.statistics.power import power_of_difference, seeds_needed, smallest_resolved
+from slmjax.studies.statistics.power_of_rules import (
+    power_for,
+    seeds_that_count,
+    seeds_that_resolve,
+    smallest_difference,
+)
 from slmjax.studies.study import Study
 from slmjax.studies.tuning import rates_of, tuning_study
 from slmjax.telemetry.progress import format_seconds
@@ -70,7 +76,7 @@ class PlannedArm:
 class Power:
     """What the seeds of a study can resolve."""
 
-    seeds: int
+    seeds: int  # of fixed looks, those of the latest look that they reach
     comparisons: int
     degrees_of_freedom: int  # of the pooled noise
     level: float  # probability of any false verdict
@@ -204,7 +210,7 @@ def _tuning_runs(study: Study, arm: str) -> int:
 def _power(
     study: Study, cost: ArmCost, *, ledger: str | Path | None, deviation: float | None
 ) -> Power | None:
-    num_seeds = len(study.seeds)
+    num_seeds = seeds_that_count(study.rules, len(study.seeds))
     comparisons = len(Question.of(study).pairs)
     known = _noise(study.metric, cost, ledger=ledger, deviation=deviation)
     if num_seeds < 2 or comparisons < 1 or known is None:
@@ -213,24 +219,22 @@ def _power(
     # Of two arms of equal and independent noise.
     of_pair = math.sqrt(2) * sd
     degrees = (len(study.arms) - 1) * (num_seeds - 1)
-    level = 1 - study.confidence
+    by_rules: dict[str, Any] = {"comparisons": comparisons, "degrees_of_freedom": degrees}
     effect = study.smallest_effect
     return Power(
         seeds=num_seeds,
         comparisons=comparisons,
         degrees_of_freedom=degrees,
-        level=level,
+        level=1 - study.confidence,
         deviation=sd,
         is_assumed=is_assumed,
         source=source,
-        smallest=smallest_resolved(of_pair, num_seeds, comparisons, degrees, level),
+        smallest=smallest_difference(of_pair, num_seeds, study.rules, **by_rules),
         smallest_effect=effect,
-        power=None
-        if effect is None
-        else power_of_difference(effect, of_pair, num_seeds, comparisons, degrees, level),
+        power=None if effect is None else power_for(effect, of_pair, num_seeds, study.rules, **by_rules),
         seeds_needed=None
         if effect is None
-        else seeds_needed(effect, of_pair, comparisons=comparisons, arms=len(study.arms), level=level),
+        else seeds_that_resolve(effect, of_pair, study.rules, comparisons=comparisons, arms=len(study.arms)),
     )
 
 
@@ -285,7 +289,8 @@ def _lines(plan: StudyPlan) -> Iterator[str]:
         f"{power.smallest:.2g} {unit} 4 times in 5."
     )
     if power.smallest_effect is not None and power.power is not None:
-        needed = "more than 1,000 seeds" if power.seeds_needed is None else _count(power.seeds_needed, "seed")
+        none = "more than 1,000 seeds, or than the looks have"
+        needed = none if power.seeds_needed is None else _count(power.seeds_needed, "seed")
         yield from _wrapped(
             f"The smallest effect worth having, {power.smallest_effect:.2g} {unit}, is found "
             f"{100 * power.power:.0f} times in 100; 4 times in 5 takes {needed}."

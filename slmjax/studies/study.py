@@ -53,6 +53,7 @@ _METRICS = {
     "tokens": ("run_tokens",),
     "seconds": ("run_seconds", "session_seconds"),  # earlier versions recorded the last session alone
     "tokens_per_second": ("session_tokens_per_second",),
+    "memory_bytes": ("session_peak_memory_bytes",),
 }
 
 
@@ -89,6 +90,8 @@ class Study:
     earlier: "tuple[Study, ...]" = ()
     ladder: str = ""  # name of the question that is asked at several sizes (`combinators.ladder`)
     size: str = ""  # the size of this study on the ladder
+    # of the baseline's loss over compute on a ladder, such as the entropy of the text where it is known
+    asymptote: float = 0.0
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]

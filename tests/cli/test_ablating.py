@@ -249,6 +249,41 @@ def test_a_source_that_failed_or_diverged(ablate: Ablate, stub: StubTrainer, tmp
     assert arms == {"base": [1], "taught": [], "again": [1]}
 
 
+LADDER = """
+from slmjax.studies import ladder
+from tests.studies.stub import study as pace
+
+RUNG = "data.sequence_length"
+
+
+def study():
+    return ladder(pace(seeds=(0, 1)), {"small": {RUNG: 64}, "large": {RUNG: 128}})
+"""
+
+
+def test_sizes_of_a_ladder_are_shown_together(ablate: Ablate, stub: StubTrainer, tmp_path: Path) -> None:
+    (tmp_path / "sizes.py").write_text(LADDER)
+    code, out, _ = ablate("sizes.py", "--json")
+    small, large = json.loads(out)["studies"]
+    assert code == 0 and small["findings"]["ladder"] is None
+    assert "not known: left out of trends" in large["findings"]["ladder"]["notes"][0]
+    root = tmp_path / "runs" / "studies" / "sizes"
+    for name, flops in (("pace-small", 1e12), ("pace-large", 4e12)):
+        costs = {arm: {"cost": {"flops": flops}} for arm in ("slow", "fast & loose", "third")}
+        (root / name / "costs.json").write_text(json.dumps({"arms": costs}))
+    code, out, _ = ablate("sizes.py", "--json")
+    last = json.loads(out)["studies"][1]["findings"]
+    assert [each["compute"] for each in last["ladder"]["sizes"]] == [1e12, 4e12]
+    # The sizes that came before have it, too.
+    findings = [read_findings(root / name) for name in ("pace-small", "pace-large")]
+    assert findings[0].ladder == findings[1].ladder and findings[0].ladder is not None
+    arm = findings[0].ladder.arms[0]
+    assert (arm.arm, [gap.size for gap in arm.gaps]) == ("fast & loose", ["small", "large"])
+    assert arm.trend is not None and findings[0].arm("third").flops == 1e12
+    code, out, _ = ablate("sizes.py")
+    assert code == 0 and "Ladder pace over small, large." in out
+
+
 TUNED = """
 from slmjax.studies import LearningRates
 from tests.studies.stub import study as pace

@@ -20,7 +20,7 @@ from slmjax.studies.report.data import (
     TextNoise,
     TunedReport,
 )
-from slmjax.studies.statistics.results_table import Rules
+from slmjax.studies.statistics.results_table import Rules, VarianceSource
 from slmjax.studies.statistics.samples import paired_difference, summarize
 from slmjax.studies.statistics.verdicts import Judgement, Noise, Verdict
 
@@ -109,7 +109,7 @@ def _judgement(
         difference=difference.mean,
         standard_error=difference.standard_error,
         degrees_of_freedom=8.0,
-        variance="pooled",
+        variance=VarianceSource.POOLED,
         interval=difference.t_interval,
         bootstrap_interval=difference.bootstrap_interval,
         p_value=difference.p_value,

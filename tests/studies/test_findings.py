@@ -30,8 +30,9 @@ from slmjax.studies import (
     write_findings,
 )
 from slmjax.studies.statistics.documents import Advice, difference_sources
-from slmjax.studies.statistics.power import smallest_resolved
-from slmjax.studies.statistics.results_table import Table
+from slmjax.studies.statistics.power import seeds_needed, smallest_resolved
+from slmjax.studies.statistics.results_table import Correction, Table
+from slmjax.studies.statistics.sequential import nominal_levels
 from slmjax.studies.statistics.verdicts import judge
 from tests.studies.stub import StubTrainer, experiment, study
 
@@ -56,6 +57,10 @@ def test_an_arm_whose_tokenizer_loses_text_has_no_verdict(tmp_path: Path) -> Non
     ]
     findings = analyze(asked, losing)
     assert [one.verdict for one in findings.comparisons] == [Verdict.NOT_RESOLVED] * 2
+    fast = findings.comparisons[0]
+    assert fast.reason == "the tokenizers of the arms lose different parts of the text"
+    # More seeds would not help.
+    assert fast.judgement is not None and fast.judgement.seeds_needed is None
     assert analyze(asked, members).comparisons[0].verdict is Verdict.BETTER
     (note,) = (note for note in findings.notes if "loses" in note)
     assert note.startswith("fast & loose: the tokenizer loses 92.00% of the text's bytes: not comparable")
@@ -97,8 +102,49 @@ def test_comparisons_are_judged_as_one_family(tmp_path: Path) -> None:
     assert findings.comparisons[0].differences == pytest.approx(values[1] - values[0])
     deviation = math.sqrt(2) * (expected.noise.deviation or math.nan)
     assert findings.smallest_resolved == pytest.approx(smallest_resolved(deviation, 3, 3, 4))
+    assert findings.comparisons[0].reason == "" and findings.comparisons[1].reason.startswith(
+        "the difference is not distinguished from noise: these seeds resolve 0.0"
+    )
     shown = findings_markdown(findings)
     assert "These seeds resolve a difference of" in shown and "Seeds that would resolve it" in shown
+
+
+def test_a_study_that_could_not_have_answered_its_question_says_so(tmp_path: Path) -> None:
+    findings = found(tmp_path, three_arms(smallest_effect=0.01))
+    power = findings.power
+    assert power is not None and power.could_answer is False and power.seeds == 3
+    assert power.smallest_resolved == findings.smallest_resolved and power.smallest_resolved > 0.01
+    assert power.power is not None and 0 < power.power < 0.8
+    deviation = math.sqrt(2) * (findings.noise.deviation or math.nan)
+    assert power.seeds_needed == seeds_needed(0.01, deviation, comparisons=2, arms=3)
+    (note,) = (note for note in findings.notes if note.startswith("This study could not have answered"))
+    assert f"3 seeds resolve a difference of {power.smallest_resolved:.2g} bits_per_byte" in note
+    assert f"About {power.seeds_needed:,} seeds would." in note
+    enough = found(tmp_path, three_arms(smallest_effect=0.5))
+    assert enough.power is not None and enough.power.could_answer
+    assert not any("could not have" in note for note in enough.notes)
+    unknown = found(tmp_path, three_arms())
+    assert unknown.power is not None and unknown.power.could_answer is None
+    # With fixed looks the level is that of the look, which is stricter.
+    look = found(tmp_path, three_arms(looks=(3, 8), smallest_effect=0.04))
+    assert look.power is not None and look.power.smallest_resolved > power.smallest_resolved
+    level = nominal_levels((3, 8), level=0.025)[0]
+    assert look.power.smallest_resolved == pytest.approx(smallest_resolved(deviation, 3, 1, 4, level))
+    assert look.power.seeds_needed == 8 and read_findings(write_findings(look, tmp_path)) == look
+
+
+def test_findings_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    findings = found(tmp_path, three_arms(equal_within=0.01))
+    assert findings.correction is Correction.CLOSED
+    stored = json.loads(write_findings(findings, tmp_path).read_text())
+    for name in ("correction", "power"):
+        del stored[name]
+    for comparison in stored["comparisons"]:
+        del comparison["reason"], comparison["judgement"]["smallest_resolved"]
+        comparison["judgement"]["variance"] = "own"
+    (tmp_path / "findings.json").write_text(json.dumps(stored))
+    read = read_findings(tmp_path)
+    assert read.correction is Correction.CLOSED and read.power is None and read.comparisons[0].reason == ""
 
 
 def test_higher_can_be_better(tmp_path: Path) -> None:
@@ -142,9 +188,10 @@ def test_too_few_pairs_are_not_resolved_and_stay_in_the_family(tmp_path: Path) -
     findings = found(tmp_path, three_arms(), errors=failed)
     fast, third = findings.comparisons
     assert third.judgement is None and third.verdict is Verdict.NOT_RESOLVED
+    assert third.reason == "1 seed in common, and a comparison needs 2"
     assert fast.judgement is not None
     assert fast.judgement.adjusted_p == pytest.approx(2 * fast.judgement.p_value)
-    assert "third and slow have 1 seeds in common: a comparison needs 2." in findings.notes
+    assert "third and slow have 1 seed in common: a comparison needs 2." in findings.notes
     text = findings_markdown(findings)
     assert "| third | — | — | — | not resolved |" in text and "| third | 1 | 1.5000 | — |" in text
 
@@ -167,6 +214,8 @@ def test_a_study_under_way(tmp_path: Path) -> None:
     findings = analyze(asked, members)
     assert "slow, seed 2: no result yet, and left out of its pairs." in findings.notes
     assert all(one.verdict is Verdict.NOT_RESOLVED for one in findings.comparisons)
+    assert {one.reason for one in findings.comparisons} == {"1 seed in common, and a comparison needs 2"}
+    assert findings.power is None
     empty = analyze(asked, ())
     assert empty.is_matched is None and empty.arms[0].metric is None
     assert "cannot be compared yet" in findings_markdown(empty)
@@ -224,6 +273,7 @@ def test_no_noise_is_no_evidence(tmp_path: Path) -> None:
         note.startswith("fast & loose and slow differ by the same bits_per_byte with every seed")
         for note in findings.notes
     )
+    assert findings.comparisons[0].reason.endswith("so that the noise is not known")
     text = findings_markdown(findings)
     assert "| fast & loose | +0.0010000 | — | 1.000 | not resolved |" in text
     assert "| fast & loose | 3 | 1.0020 ± 0.0000 | — |" in text

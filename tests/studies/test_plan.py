@@ -92,6 +92,10 @@ def test_power_is_that_of_the_statistics() -> None:
     text = " ".join(plan_study(study(), deviation=0.004).text.split())
     assert f"3 seeds, 2 comparisons: finds {power.smallest:.2g} bits per byte 4 times in 5." in text
     assert f"4 times in 5 takes {power.seeds_needed} seeds." in text
+    # Seeds between two looks add nothing, and an early look has little of the level.
+    early = plan_study(study(looks=(2, 5)), deviation=0.004).power
+    assert early is not None and early.seeds == 2 and early.smallest > 2 * power.smallest
+    assert plan_study(study(looks=(4, 5)), deviation=0.004).power is None
     # Neither is known from one seed, nor for a metric whose size is not known.
     assert plan_study(study(seeds=(0,))).power is None
     assert plan_study(study(metric="calibration_error")).power is None

@@ -211,7 +211,7 @@ def _comparison_report(findings: Findings, item: Comparison) -> ComparisonReport
         difference=judgement.difference,
         error=judgement.standard_error,
         degrees_of_freedom=judgement.degrees_of_freedom,
-        variance=judgement.variance,
+        variance=judgement.variance.value,
         interval=judgement.interval,
         bootstrap_interval=judgement.bootstrap_interval,
         p_value=judgement.p_value,

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-from slmjax.studies.statistics.results_table import Rules, Table, VarianceRule
+from slmjax.studies.statistics.results_table import Rules, Table, VarianceRule, VarianceSource
 from slmjax.studies.statistics.samples import ROUNDING
 from slmjax.studies.statistics.two_way import PooledNoise
 
@@ -60,7 +60,7 @@ class Estimate:
     mean: float
     error: float  # standard error of the mean; 0 if the noise is not known
     degrees: int  # of freedom, of the error
-    is_pooled: bool  # whether the error is that of the pooled noise
+    variance: VarianceSource  # what the error comes from
     pooled_arms: int  # whose noise the degrees of freedom come from; 2 for the pair's own
 
     @property
@@ -83,22 +83,41 @@ def estimate_difference(
         return None
     mean = float(values.differences.mean())
     # As in `paired_difference`.
-    if float(np.ptp(values.differences)) <= ROUNDING * values.scale:
-        return Estimate(values=values, mean=mean, error=0.0, degrees=num - 1, is_pooled=False, pooled_arms=2)
     own = float(values.differences.var(ddof=1))
-    if by_own or rules.variance is VarianceRule.OWN or not noise.variance:
-        error = math.sqrt(own / num)
-        return Estimate(
-            values=values, mean=mean, error=error, degrees=num - 1, is_pooled=False, pooled_arms=2
-        )
-    pooled = 2 * noise.variance
-    variance = pooled if rules.variance is VarianceRule.POOLED else max(own, pooled)
+    source = VarianceSource.OWN_UNEQUAL if by_own else VarianceSource.OWN
+    if float(np.ptp(values.differences)) <= ROUNDING * values.scale:
+        own = 0.0
+    elif not by_own and rules.variance is not VarianceRule.OWN and noise.variance:
+        return _by_pooled(values, 2 * noise.variance, noise, rules, own=own)
     return Estimate(
         values=values,
         mean=mean,
-        error=math.sqrt(variance / num),
+        error=math.sqrt(own / num),
+        degrees=num - 1,
+        variance=source,
+        pooled_arms=2,
+    )
+
+
+def _by_pooled(
+    values: PairedValues, pooled: float, noise: PooledNoise, rules: Rules, *, own: float
+) -> Estimate:
+    """Return the estimate by the pooled variance of a difference, or by the larger of that and the own."""
+    num = len(values.differences)
+    # Of two arms alone the residuals are their differences, and both variances one, up to rounding.
+    is_same = noise.degrees_of_freedom == num - 1 and math.isclose(own, pooled, rel_tol=1e-9)
+    if is_same:
+        source = VarianceSource.OWN
+    elif rules.variance is VarianceRule.POOLED or own <= pooled:
+        source = VarianceSource.POOLED
+    else:
+        source = VarianceSource.OWN_LARGER
+    return Estimate(
+        values=values,
+        mean=float(values.differences.mean()),
+        error=math.sqrt((pooled if source is VarianceSource.POOLED else own) / num),
         degrees=noise.degrees_of_freedom,
-        is_pooled=variance == pooled,
+        variance=source,
         pooled_arms=max(2, int((~noise.is_apart).sum())),
     )
 

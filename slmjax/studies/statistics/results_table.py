@@ -21,6 +21,27 @@ class VarianceRule(enum.Enum):
     LARGER = "larger"  # the larger of both, with the pooled degrees of freedom
 
 
+class VarianceSource(enum.Enum):
+    """What the standard error of a comparison comes from, and how many degrees of freedom it has."""
+
+    OWN = "own"  # the pair's own differences, their number less 1
+    POOLED = "pooled"  # the residual of the two-way table, with its degrees of freedom
+    # the pair's own differences, since their variance is the larger of both; the degrees of the pooled one,
+    # as in `VarianceRule.LARGER`
+    OWN_LARGER = "own, larger than pooled"
+    # the pair's own differences, their number less 1: an arm is noisier than the others, or may be
+    OWN_UNEQUAL = "own, unequal noise"
+
+
+class Correction(enum.Enum):
+    """How p values are adjusted for the number of comparisons."""
+
+    HOLM = "Holm"  # tests for a difference alone (`samples.holm`)
+    # tests for a difference and for equality within a margin together (`samples.holm_with_equality`), which
+    # is stricter: most p values are multiplied by the number of comparisons
+    CLOSED = "closed test"
+
+
 class Spending(enum.Enum):
     """How the probability of a false verdict is spent over fixed looks (Lan and DeMets, 1983)."""
 
@@ -52,6 +73,11 @@ class Rules:
             raise ValueError(
                 f"looks are {self.looks}: give numbers of seeds from 2 on in rising order, such as 3, 5, 8"
             )
+
+    @property
+    def correction(self) -> Correction:
+        """How p values are adjusted for the number of comparisons."""
+        return Correction.HOLM if self.equal_within is None else Correction.CLOSED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,13 @@ import dataclasses
 import enum
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 from scipy import stats
 
+from slmjax.config import added_field
 from slmjax.studies.statistics.paired_differences import (
     Estimate,
     difference_p,
@@ -22,8 +24,13 @@ from slmjax.studies.statistics.paired_differences import (
     estimate_difference,
     paired_values,
 )
-from slmjax.studies.statistics.power import seeds_for_equality, seeds_needed
-from slmjax.studies.statistics.results_table import Rules, Table
+from slmjax.studies.statistics.power import smallest_resolved
+from slmjax.studies.statistics.power_of_rules import (
+    level_of_test,
+    seeds_that_resolve,
+    seeds_that_show_equality,
+)
+from slmjax.studies.statistics.results_table import Correction, Rules, Table, VarianceSource
 from slmjax.studies.statistics.samples import (
     Interval,
     bootstrap_interval,
@@ -79,17 +86,23 @@ class Judgement:
     imputed: tuple[int, ...]  # of these: one arm has diverged, and the worst value stands for it
     difference: float  # mean over seeds
     standard_error: float
-    degrees_of_freedom: float
-    variance: str  # which deviation the standard error comes from: "own" or "pooled"
+    degrees_of_freedom: float  # of the test
+    variance: VarianceSource  # what the standard error comes from
     interval: Interval  # of this comparison alone
     bootstrap_interval: Interval
     p_value: float  # two-sided, that the mean is zero, at this look
-    # over all comparisons, by Holm or with a margin by `holm_with_equality`, and over all looks so far
+    # of the difference, over all comparisons by `Rules.correction`, and over all looks so far
     adjusted_p: float
-    equal_p: float | None  # larger p of the two one-sided tests against the margin; None without a margin
-    adjusted_equal_p: float | None  # over all comparisons
+    # of equality: the larger p of the two one-sided tests against the margin; None without a margin
+    equal_p: float | None
+    adjusted_equal_p: float | None  # of equality, over all comparisons and looks, as `adjusted_p`
     verdict: Verdict
-    seeds_needed: int | None  # to resolve what is not resolved, if the difference stays as it is
+    # that resolve what is not resolved, 4 times in 5, if the difference stays as it is; of fixed looks the
+    # first that does. None if over 1,000, if no look is left that does, or if the noise is not known
+    seeds_needed: int | None
+    # true difference that these seeds resolve 4 times in 5; None if the noise is not known, and before the
+    # first look
+    smallest_resolved: float | None = added_field(None, before=None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,7 +266,7 @@ def _with_verdicts(
 ) -> Assessed:
     level = 1 - rules.confidence
     adjusted_equal = (1.0,) * len(estimates)
-    if rules.equal_within is None:
+    if rules.correction is Correction.HOLM:
         adjusted = holm(p_values)
     else:
         adjusted, adjusted_equal = holm_with_equality(p_values, equal_p)
@@ -344,7 +357,7 @@ def _judgement(
         difference=estimate.mean,
         standard_error=estimate.error,
         degrees_of_freedom=estimate.degrees,
-        variance="pooled" if estimate.is_pooled else "own",
+        variance=estimate.variance,
         interval=(estimate.mean - half_width, estimate.mean + half_width),
         bootstrap_interval=bootstrap_interval(
             estimate.values.differences.tolist(), confidence=rules.confidence
@@ -354,29 +367,38 @@ def _judgement(
         equal_p=assessed.equal_p[i] if has_margin else None,
         adjusted_equal_p=assessed.adjusted_equal[i] if has_margin else None,
         verdict=verdict,
-        seeds_needed=_seeds_needed(estimate, rules, comparisons=len(pairs))
+        seeds_needed=_seeds_needed(assessed, estimate, rules, comparisons=len(pairs))
         if verdict is Verdict.NOT_RESOLVED
         else None,
+        smallest_resolved=_smallest_resolved(assessed, estimate, rules, comparisons=len(pairs)),
     )
 
 
-def _seeds_needed(estimate: Estimate, rules: Rules, *, comparisons: int) -> int | None:
+def _seeds_needed(assessed: Assessed, estimate: Estimate, rules: Rules, *, comparisons: int) -> int | None:
     """Return the seeds that would resolve the difference as it is, or show that it is within the margin."""
     if estimate.error == 0:
         return None
     effect = abs(estimate.mean)
-    level = 1 - rules.confidence
-    arms = estimate.pooled_arms
-    needed = [seeds_needed(effect, estimate.deviation, comparisons=comparisons, arms=arms, level=level)]
+    of_study: dict[str, Any] = {
+        "comparisons": comparisons,
+        "arms": estimate.pooled_arms,
+        "after": assessed.look or 0,
+    }
+    needed = [seeds_that_resolve(effect, estimate.deviation, rules, **of_study)]
     if rules.equal_within is not None and not estimate.values.imputed:
         needed.append(
-            seeds_for_equality(
-                rules.equal_within,
-                estimate.deviation,
-                effect=effect,
-                comparisons=comparisons,
-                arms=arms,
-                level=level,
-            )
+            seeds_that_show_equality(rules.equal_within, estimate.deviation, rules, effect=effect, **of_study)
         )
     return min((num for num in needed if num is not None), default=None)
+
+
+def _smallest_resolved(
+    assessed: Assessed, estimate: Estimate, rules: Rules, *, comparisons: int
+) -> float | None:
+    # Before the first look nothing is resolved, however large it is.
+    if estimate.error == 0 or assessed.look == 0:
+        return None
+    num = len(estimate.values.differences)
+    # At a look, pairs that both diverged may leave fewer than it has.
+    level = level_of_test(rules, assessed.look or num, comparisons=comparisons)
+    return smallest_resolved(estimate.deviation, num, 1, estimate.degrees, level, variance=rules.variance)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.weightstats import ttost_paired
 
-from slmjax.studies.statistics.power import seeds_needed
-from slmjax.studies.statistics.results_table import Rules, Table, VarianceRule
+from slmjax.studies.statistics.power import power_of_difference, seeds_needed, smallest_resolved
+from slmjax.studies.statistics.results_table import Rules, Table, VarianceRule, VarianceSource
 from slmjax.studies.statistics.samples import holm, holm_with_equality
+from slmjax.studies.statistics.sequential import nominal_levels
 from slmjax.studies.statistics.verdicts import Judgement, Verdict, assess, judge
 from tests.studies.statistics.tables import against_first, table
 
@@ -52,20 +53,40 @@ def test_the_variance_by_hand(rule: VarianceRule) -> None:
     assert judgement.difference == pytest.approx(3) and judgement.degrees_of_freedom == degrees
     assert judgement.standard_error == pytest.approx(math.sqrt(variance / 3))
     assert judgement.p_value == pytest.approx(2 * stats.t.sf(3 / math.sqrt(variance / 3), degrees))
-    assert judgement.variance == ("own" if rule is VarianceRule.OWN else "pooled")
+    assert judgement.variance.value == ("own" if rule is VarianceRule.OWN else "pooled")
 
 
 def test_the_larger_variance_is_the_pairs_own_where_that_is_larger() -> None:
-    values = np.random.default_rng(0).normal(size=(8, 6)) * 0.5
-    values[1] *= 2.2
+    values = np.random.default_rng(5).normal(size=(8, 6))
     judged = judge(table(values), against_first(8), Rules())
+    assert judged.noise.apart == ()
     for judgement in judged.comparisons:
         assert judgement is not None and judged.noise.deviation is not None
         differences = values["abcdefgh".index(judgement.arm)] - values[0]
         own = float(differences.var(ddof=1))
         assert judgement.standard_error**2 * 6 == pytest.approx(max(own, 2 * judged.noise.deviation**2))
-        assert (judgement.variance == "own") == (own > 2 * judged.noise.deviation**2)
-    assert {judgement.variance for judgement in judged.comparisons if judgement} == {"own", "pooled"}
+        is_own = judgement.variance is VarianceSource.OWN_LARGER
+        assert is_own == (own > 2 * judged.noise.deviation**2)
+        # The rule has the pooled degrees of freedom in both cases.
+        assert judgement.degrees_of_freedom == judged.noise.degrees_of_freedom == 35
+    sources = {judgement.variance for judgement in judged.comparisons if judgement}
+    assert sources == {VarianceSource.OWN_LARGER, VarianceSource.POOLED}
+
+
+def test_the_variance_is_named_with_its_degrees_of_freedom() -> None:
+    draws = np.random.default_rng(0)
+    # Of two arms alone, own and pooled are one.
+    pair = only(table(draws.normal(size=(2, 4))))
+    assert (pair.variance, pair.degrees_of_freedom) == (VarianceSource.OWN, 3)
+    values = draws.normal(size=(6, 5))
+    values[1] *= 8
+    judged = judge(table(values), against_first(6), Rules())
+    assert judged.noise.noisy == ("b",)
+    noisy, usual = judged.comparisons[:2]
+    assert noisy is not None and usual is not None
+    assert (noisy.variance, noisy.degrees_of_freedom) == (VarianceSource.OWN_UNEQUAL, 4)
+    assert usual.degrees_of_freedom == judged.noise.degrees_of_freedom == 16
+    assert usual.variance in (VarianceSource.POOLED, VarianceSource.OWN_LARGER)
 
 
 def test_all_comparisons_are_one_family() -> None:
@@ -126,6 +147,56 @@ def test_more_seeds_are_needed_for_smaller_differences() -> None:
     # With a margin, equality may be nearer.
     with_margin = only(table(noise), Rules(equal_within=0.9)).seeds_needed
     assert with_margin is not None and with_margin < 20 and only(table(noise)).seeds_needed is None
+
+
+def test_seeds_that_are_needed_are_judged_by_the_rules_of_the_study() -> None:
+    """Of fixed looks, the first one left whose own level is reached 4 times in 5."""
+    values = np.random.default_rng(2).normal(size=(3, 3)) + [[0.0], [3.0], [0.0]]
+    rules = Rules(looks=(3, 5, 8, 12), equal_within=0.5)
+    judgement = judge(table(values), against_first(3), rules).comparisons[0]
+    assert judgement is not None and judgement.verdict is Verdict.NOT_RESOLVED
+    deviation = judgement.standard_error * math.sqrt(3)
+    effect = abs(judgement.difference)
+    powers = {}
+    for i, look in enumerate(rules.looks):
+        # Two comparisons: the looks of each have half of the level to spend.
+        level = nominal_levels(rules.looks, level=0.025)[i]
+        powers[look] = power_of_difference(effect, deviation, look, 1, 2 * (look - 1), level)
+    assert judgement.seeds_needed == next(look for look in (5, 8, 12) if powers[look] >= 0.8) == 12
+    # Without looks the same number as that of an earlier look, which has less of the level.
+    without = judge(table(values), against_first(3), Rules()).comparisons[0]
+    assert without is not None and without.seeds_needed == 8 and powers[8] < 0.8
+    # At the last look nothing is left.
+    last = judge(table(values), against_first(3), Rules(looks=(2, 3))).comparisons[0]
+    assert last is not None and last.verdict is Verdict.NOT_RESOLVED and last.seeds_needed is None
+    # The rule of the variance counts.
+    by_own = judge(table(values), against_first(3), Rules(variance=VarianceRule.OWN)).comparisons[0]
+    assert by_own is not None
+    own = float((values[1] - values[0]).std(ddof=1))
+    expected = seeds_needed(effect, own, comparisons=2, arms=2, variance=VarianceRule.OWN)
+    assert by_own.seeds_needed == expected
+    by_pool = judge(table(values), against_first(3), Rules(variance=VarianceRule.POOLED)).comparisons[0]
+    assert by_pool is not None and by_pool.standard_error > 0
+    deviation = by_pool.standard_error * math.sqrt(3)
+    expected = seeds_needed(effect, deviation, comparisons=2, arms=3, variance=VarianceRule.POOLED)
+    assert by_pool.seeds_needed == expected
+
+
+def test_the_difference_that_a_comparison_resolves() -> None:
+    values = np.random.default_rng(0).normal(size=(6, 5))
+    values[1] *= 8
+    judged = judge(table(values), against_first(6), Rules())
+    noisy, usual = judged.comparisons[:2]
+    assert noisy is not None and usual is not None
+    # By the error, the degrees of freedom and the level of its own test.
+    for judgement, degrees in ((noisy, 4), (usual, 16)):
+        expected = smallest_resolved(judgement.standard_error * math.sqrt(5), 5, 5, degrees)
+        assert judgement.smallest_resolved == pytest.approx(expected)
+    at_look = judge(table(values), against_first(6), LOOKS).comparisons[1]
+    assert at_look is not None and at_look.smallest_resolved is not None
+    assert usual.smallest_resolved is not None and at_look.smallest_resolved > usual.smallest_resolved
+    early = judge(table(values[:, :2]), against_first(6), LOOKS).comparisons[1]
+    assert early is not None and early.smallest_resolved is None
 
 
 CELL = st.sampled_from(["value", "value", "value", "missing", "diverged"])
