@@ -109,6 +109,8 @@ class Study:
                 f"{', '.join(names)}"
             )
         _ = self.rules  # which checks its fields
+        if not math.isfinite(self.asymptote):
+            raise ValueError(f"the asymptote of the study is {self.asymptote}: give a finite loss, such as 0")
         for i, arm in enumerate(self.arms):
             # Members are made in this order, and a derived one needs its source.
             if isinstance(arm, Derived) and arm.source not in names[:i]:

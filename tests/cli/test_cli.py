@@ -159,6 +159,7 @@ def test_train_prints_json_alone(trained, workplace):
     # A run of one session.
     assert result["run_tokens"] == result["session_tokens"]
     assert result["run_seconds"] == result["session_seconds"]
+    assert result["session_peak_memory_bytes"] > 2**24
     assert sum(result["session_seconds_by_category"].values()) == pytest.approx(
         result["session_seconds"], rel=1e-6
     )

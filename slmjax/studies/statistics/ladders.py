@@ -207,7 +207,8 @@ def _by_law(results: SizeResults, arm: str, curve: PowerLaw | None, confidence: 
     compute = results.compute.get(arm)
     if curve is None or not losses or compute is None or min(losses) <= curve.asymptote:
         return None
-    return effective_speedup(curve, compute=compute, losses=losses, confidence=confidence)
+    speedup = effective_speedup(curve, compute=compute, losses=losses, confidence=confidence)
+    return None if speedup.factor is None else speedup
 
 
 def _by_points(results: SizeResults, arm: str, points: Points, confidence: float) -> Speedup | None:

@@ -41,6 +41,9 @@ class PowerLaw:
         return self.asymptote + math.exp(self.intercept - self.exponent * math.log(compute))
 
 
+LARGEST = 700.0  # logarithm of the largest ratios
+
+
 class Reach(enum.Enum):
     """Whether the base has an arm's loss with the compute of some of its sizes."""
 
@@ -53,8 +56,8 @@ class Reach(enum.Enum):
 class Speedup:
     """How much more compute the base needs to match an arm."""
 
-    # compute of the base over that of the arm; None where the base's sizes do not reach the loss, and nothing
-    # is extrapolated
+    # compute of the base over that of the arm; None where the base's sizes do not reach the loss and nothing
+    # is extrapolated, and where a law has it beyond all numbers
     factor: float | None
     # None where the curve is too uncertain for an interval, or has no degrees of freedom. An end is None if
     # it is open: the base's sizes do not reach a loss that the arm may have
@@ -135,13 +138,19 @@ def effective_speedup(
     interval = None
     if curve.residual_variance is not None:
         ends = _inverse_prediction(curve, y, x, confidence=confidence)
-        interval = None if ends is None else (math.exp(ends[0]) / compute, math.exp(ends[1]) / compute)
+        interval = None if ends is None else (_ratio(ends[0], compute), _ratio(ends[1], compute))
     return Speedup(
-        factor=math.exp(at) / compute,
+        factor=_ratio(at, compute),
         interval=interval,
         reach=Reach.BEYOND if at > x.max() else Reach.BELOW if at < x.min() else Reach.WITHIN,
         limits=(min(curve.compute) / compute, max(curve.compute) / compute),
     )
+
+
+def _ratio(log_compute: float, compute: float) -> float | None:
+    """Return a compute over another; None beyond floating point, as by a curve that hardly falls."""
+    log_ratio = log_compute - math.log(compute)
+    return math.exp(log_ratio) if abs(log_ratio) < LARGEST else None
 
 
 def _check_arm(compute: float, losses: Sequence[float], *, asymptote: float = -math.inf) -> None:

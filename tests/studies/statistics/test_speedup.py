@@ -81,6 +81,12 @@ def test_an_uncertain_curve_has_no_interval() -> None:
     assert effective_speedup(curve, compute=1e15, losses=[1.4]).interval is None
 
 
+def test_a_curve_that_hardly_falls_has_no_number() -> None:
+    curve = fit_power_law([1e15, 1e16, 1e17], [[1.5], [1.49995], [1.4999]])
+    speedup = effective_speedup(curve, compute=1e15, losses=[1.2])
+    assert (speedup.factor, speedup.reach) == (None, Reach.BEYOND)
+
+
 def test_intervals_hold_the_true_speed_up() -> None:
     """Sizes deviate from the law, as the base itself does at the compute that matches the arm."""
     draws = np.random.default_rng(0)
