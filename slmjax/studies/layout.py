@@ -79,14 +79,18 @@ def _text_tables(findings: Findings) -> list[TextTable]:
 
 
 def _verdicts_table(findings: Findings) -> TextTable:
+    has_margin = findings.rules.equal_within is not None
     rows = tuple(
-        (_comparison_name(findings, comparison), *_comparison_cells(comparison))
+        (_comparison_name(findings, comparison), *_comparison_cells(comparison, has_margin=has_margin))
         for comparison in findings.comparisons
     )
+    # Of a closed test both values are adjusted together, and neither is that of Holm.
+    correction = findings.correction.value
+    heads = (f"p ({correction})", *([f"p of equality ({correction})"] if has_margin else []))
     way = "lower" if findings.rules.lower_is_better else "higher"
     return TextTable(
         title=f"{findings.study}: {in_words(findings.metric)}, {way} is better; minus {findings.baseline}",
-        head=("arm", "difference", f"{_confidence(findings)} interval", "p (Holm)", "verdict"),
+        head=("arm", "difference", f"{_confidence(findings)} interval", *heads, "verdict"),
         rows=rows,
     )
 
@@ -101,17 +105,20 @@ def _confidence(findings: Findings) -> str:
     return f"{100 * findings.rules.confidence:g}%"
 
 
-def _comparison_cells(comparison: Comparison) -> tuple[str, ...]:
+def _comparison_cells(comparison: Comparison, *, has_margin: bool) -> tuple[str, ...]:
     verdict = comparison.verdict.value
     if (judgement := comparison.judgement) is None:
-        return ABSENT, ABSENT, ABSENT, verdict
+        return ABSENT, ABSENT, ABSENT, *([ABSENT] if has_margin else []), verdict
     # No more decimals than the noise of this comparison allows.
     decimals = num_decimals(judgement.standard_error, judgement.difference)
+    p_values = [judgement.adjusted_p]
+    if has_margin:
+        p_values.append(1.0 if judgement.adjusted_equal_p is None else judgement.adjusted_equal_p)
     # The t test of a few seeds does not support more digits.
-    p = "< 0.001" if judgement.adjusted_p < 0.001 else f"{judgement.adjusted_p:.3f}"
+    shown = ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in p_values]
     # Without noise, the interval has no width, and would look exact.
     interval = interval_text(judgement.interval, decimals) if judgement.standard_error else ABSENT
-    return signed(judgement.difference, decimals), interval, p, verdict
+    return signed(judgement.difference, decimals), interval, *shown, verdict
 
 
 def _arms_table(findings: Findings) -> TextTable:

@@ -29,6 +29,7 @@ from slmjax.studies import (
     run_study,
     write_findings,
 )
+from slmjax.studies.findings import with_flops
 from slmjax.studies.statistics.documents import Advice, difference_sources
 from slmjax.studies.statistics.power import seeds_needed, smallest_resolved
 from slmjax.studies.statistics.results_table import Correction, Table
@@ -183,6 +184,23 @@ def test_divergence_is_an_outcome_and_failure_is_none(tmp_path: Path) -> None:
     )
 
 
+def test_arms_have_the_memory_of_their_runs(tmp_path: Path) -> None:
+    asked = three_arms()
+    members = [
+        dataclasses.replace(
+            member, result={**member.result, "session_peak_memory_bytes": 100 * (1 + member.seed)}
+        )
+        if member.arm == "third"
+        else member
+        for member in run_study(asked, tmp_path, train=StubTrainer())
+    ]
+    findings = analyze(asked, members)
+    assert findings.arm("third").peak_memory_bytes == 200 and findings.arm("slow").peak_memory_bytes is None
+    counted = with_flops(findings, asked, {"third": 3e12})
+    assert [arm.flops for arm in counted.arms] == [None, None, 3e12]
+    assert read_findings(write_findings(counted, tmp_path)) == counted
+
+
 def test_too_few_pairs_are_not_resolved_and_stay_in_the_family(tmp_path: Path) -> None:
     failed = {(LR["third"], seed): ValueError("too wide") for seed in (0, 1)}
     findings = found(tmp_path, three_arms(), errors=failed)
@@ -205,7 +223,12 @@ def test_equal_arms_and_noisy_arms_are_named(tmp_path: Path) -> None:
     assert findings.noise.noisy == ("third",)
     (note,) = (note for note in findings.notes if "noisier" in note)
     assert note.startswith("third is noisier than the other arms (standard deviation 0.")
-    assert "Equal within 0.01: fast & loose." in findings_markdown(findings)
+    text = findings_markdown(findings)
+    assert "Equal within 0.01: fast & loose." in text
+    assert "| p (closed test) | p of equality (closed test) | verdict |" in text
+    equal = findings.comparisons[0].judgement
+    assert equal is not None and equal.adjusted_equal_p is not None
+    assert f" {equal.adjusted_p:.3f} | {equal.adjusted_equal_p:.3f} | equal |" in text
 
 
 def test_a_study_under_way(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from slmjax.studies import (
     tuning_study,
     write_recovery,
 )
+from slmjax.studies.findings import with_flops
 from slmjax.studies.recovery import Measurement
 from slmjax.studies.recovery_layout import quality_chart
 from slmjax.training.experiment import Experiment
@@ -133,6 +134,9 @@ def test_members_are_made_of_finished_ones_of_their_seed(tmp_path: Path, made: l
     train = trainer()
     assert run_study(asked(), tmp_path, train=train) == members and not train.asked and len(made) == 3
     findings = analyze(asked(), members)
+    # A derived arm has the FLOPs of the training that it comes from.
+    counted = with_flops(findings, asked(), {"full": 2e12, "QAT": 3e12})
+    assert [arm.flops for arm in counted.arms] == [2e12, 2e12, 3e12]
     assert findings.is_matched and [one.arm for one in findings.comparisons] == ["rounded", "QAT"]
 
 

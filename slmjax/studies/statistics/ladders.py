@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 
 from slmjax.studies.statistics.samples import Interval, Summary, holm, summarize
 from slmjax.studies.statistics.speedup import (
+    Coverage,
     Direction,
     PowerLaw,
-    Reach,
     Speedup,
     Trend,
     effective_speedup,
@@ -163,8 +163,8 @@ def _ladder_arm(
     used = []
     left_out = []
     for each in results:
-        found = {(first, second): (verdict, item) for first, second, verdict, item in each.comparisons}
-        verdict, judgement = found.get((arm, against), (Verdict.NOT_RESOLVED, None))
+        judged = {(first, second): (verdict, item) for first, second, verdict, item in each.comparisons}
+        verdict, judgement = judged.get((arm, against), (Verdict.NOT_RESOLVED, None))
         is_baseline = against == each.baseline
         gaps.append(
             SizeGap(
@@ -289,15 +289,17 @@ def speedup_text(gap: SizeGap) -> str:
     law = gap.speedup
     if points is None:
         return "" if law is None else f"{_times(law)} by a power law"
-    if points.reach is Reach.WITHIN:
+    if points.coverage is Coverage.WITHIN:
         return _times(points if law is None or law.interval is None else law)
-    limit = points.limits[1] if points.reach is Reach.BEYOND else points.limits[0]
-    text = f"{points.reach.value} {limit:.3g} times, which its sizes do not reach"
-    end = None if points.interval is None else points.interval[0 if points.reach is Reach.BEYOND else 1]
+    limit = points.limits[1] if points.coverage is Coverage.BEYOND else points.limits[0]
+    text = f"{points.coverage.value} {limit:.3g} times, which its sizes do not reach"
+    end = None if points.interval is None else points.interval[0 if points.coverage is Coverage.BEYOND else 1]
     if end is None:
         text += ", by its mean"
     elif not math.isclose(end, limit, rel_tol=1e-9):
-        text += f", by its mean, and {'at least' if points.reach is Reach.BEYOND else 'at most'} {end:.3g}"
+        text += (
+            f", by its mean, and {'at least' if points.coverage is Coverage.BEYOND else 'at most'} {end:.3g}"
+        )
     return text if law is None else f"{text} ({_times(law)} by a power law)"
 
 

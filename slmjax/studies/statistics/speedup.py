@@ -24,6 +24,8 @@ from scipy import optimize, stats
 
 from slmjax.studies.statistics.samples import Interval
 
+LARGEST = 700.0  # logarithm of the largest ratios
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PowerLaw:
@@ -41,10 +43,7 @@ class PowerLaw:
         return self.asymptote + math.exp(self.intercept - self.exponent * math.log(compute))
 
 
-LARGEST = 700.0  # logarithm of the largest ratios
-
-
-class Reach(enum.Enum):
+class Coverage(enum.Enum):
     """Whether the base has an arm's loss with the compute of some of its sizes."""
 
     WITHIN = "within"
@@ -62,7 +61,7 @@ class Speedup:
     # None where the curve is too uncertain for an interval, or has no degrees of freedom. An end is None if
     # it is open: the base's sizes do not reach a loss that the arm may have
     interval: tuple[float | None, float | None] | None
-    reach: Reach
+    coverage: Coverage
     limits: Interval  # compute of the base's smallest and largest size over that of the arm
 
 
@@ -142,7 +141,7 @@ def effective_speedup(
     return Speedup(
         factor=_ratio(at, compute),
         interval=interval,
-        reach=Reach.BEYOND if at > x.max() else Reach.BELOW if at < x.min() else Reach.WITHIN,
+        coverage=Coverage.BEYOND if at > x.max() else Coverage.BELOW if at < x.min() else Coverage.WITHIN,
         limits=(min(curve.compute) / compute, max(curve.compute) / compute),
     )
 
@@ -211,8 +210,14 @@ def interpolated_speedup(
     arm = float(np.mean(arm_losses))
     limits = (min(compute) / arm_compute, max(compute) / arm_compute)
 
-    def reach(loss: float) -> Reach:
-        return Reach.BEYOND if loss < falling[-1] else Reach.BELOW if loss > falling[0] else Reach.WITHIN
+    def coverage(loss: float) -> Coverage:
+        return (
+            Coverage.BEYOND
+            if loss < falling[-1]
+            else Coverage.BELOW
+            if loss > falling[0]
+            else Coverage.WITHIN
+        )
 
     def factor(loss: float) -> float:
         # `interp` needs rising abscissas.
@@ -228,13 +233,13 @@ def interpolated_speedup(
         half_width = float(stats.t.ppf((1 + confidence) / 2, degrees)) * error
         # Outside of the sizes `factor` is the limit on that side.
         interval = (
-            None if reach(arm + half_width) is Reach.BELOW else factor(arm + half_width),
-            None if reach(arm - half_width) is Reach.BEYOND else factor(arm - half_width),
+            None if coverage(arm + half_width) is Coverage.BELOW else factor(arm + half_width),
+            None if coverage(arm - half_width) is Coverage.BEYOND else factor(arm - half_width),
         )
     return Speedup(
-        factor=factor(arm) if reach(arm) is Reach.WITHIN else None,
+        factor=factor(arm) if coverage(arm) is Coverage.WITHIN else None,
         interval=interval,
-        reach=reach(arm),
+        coverage=coverage(arm),
         limits=limits,
     )
 

@@ -16,8 +16,8 @@ from slmjax.studies.statistics.ladders import (
 from slmjax.studies.statistics.results_table import Rules
 from slmjax.studies.statistics.samples import holm
 from slmjax.studies.statistics.speedup import (
+    Coverage,
     Direction,
-    Reach,
     effective_speedup,
     fit_power_law,
     gap_trend,
@@ -91,7 +91,10 @@ def test_speed_ups_are_from_the_sizes_of_the_baseline() -> None:
         of_arm = [loss(2 * compute) + each for each in NOISE[1]]
         assert gap.speedup == effective_speedup(curve, compute=compute, losses=of_arm)
         assert gap.speedup.factor == pytest.approx(2, rel=0.02) and gap.speedup.interval is not None
-    assert [gap.interpolated.reach for gap in gaps if gap.interpolated] == [*[Reach.WITHIN] * 3, Reach.BEYOND]
+    assert [gap.interpolated.coverage for gap in gaps if gap.interpolated] == [
+        *[Coverage.WITHIN] * 3,
+        Coverage.BEYOND,
+    ]
     # Where there are three sizes or more, the interval has their lack of fit.
     assert speedup_text(gaps[0]).startswith(
         f"{gaps[0].speedup.factor:.3g} times [1.7" if gaps[0].speedup else "-"

@@ -8,8 +8,8 @@ from scipy import optimize, stats
 from statsmodels.regression.linear_model import OLS, WLS
 
 from slmjax.studies.statistics.speedup import (
+    Coverage,
     Direction,
-    Reach,
     Speedup,
     Trend,
     effective_speedup,
@@ -30,10 +30,10 @@ def test_an_exact_curve_is_recovered() -> None:
     curve = fit_power_law(COMPUTE, losses, asymptote=0.5)
     assert curve.exponent == pytest.approx(0.1) and curve.loss(1e17) == pytest.approx(law(1e17))
     speedup = effective_speedup(curve, compute=4e15, losses=[law(8e15)])
-    assert speedup.factor == pytest.approx(2) and speedup.reach is Reach.WITHIN
+    assert speedup.factor == pytest.approx(2) and speedup.coverage is Coverage.WITHIN
     assert speedup.limits == pytest.approx((0.25, 7.5))
-    assert effective_speedup(curve, compute=3e16, losses=[law(4e16)]).reach is Reach.BEYOND
-    assert effective_speedup(curve, compute=1e15, losses=[law(9e14)]).reach is Reach.BELOW
+    assert effective_speedup(curve, compute=3e16, losses=[law(4e16)]).coverage is Coverage.BEYOND
+    assert effective_speedup(curve, compute=1e15, losses=[law(9e14)]).coverage is Coverage.BELOW
     assert speedup.interval is not None and speedup.interval == pytest.approx((2, 2), rel=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_an_uncertain_curve_has_no_interval() -> None:
 def test_a_curve_that_hardly_falls_has_no_number() -> None:
     curve = fit_power_law([1e15, 1e16, 1e17], [[1.5], [1.49995], [1.4999]])
     speedup = effective_speedup(curve, compute=1e15, losses=[1.2])
-    assert (speedup.factor, speedup.reach) == (None, Reach.BEYOND)
+    assert (speedup.factor, speedup.coverage) == (None, Coverage.BEYOND)
 
 
 def test_intervals_hold_the_true_speed_up() -> None:
@@ -108,7 +108,7 @@ def test_intervals_hold_the_true_speed_up() -> None:
 def test_interpolation_needs_no_law() -> None:
     losses = [[1.6, 1.62], [1.5, 1.5], [1.3, 1.3], [1.32, 1.28]]
     speedup = interpolated_speedup(COMPUTE, losses, arm_compute=1e15, arm_losses=[1.4, 1.4])
-    assert speedup.reach is Reach.WITHIN
+    assert speedup.coverage is Coverage.WITHIN
     # Halfway between 1.5 and 1.3, in the logarithm of compute.
     assert speedup.factor == pytest.approx(math.sqrt(3 * 10))
     assert speedup.interval is not None
@@ -128,16 +128,18 @@ def test_where_the_base_does_not_reach_the_loss_only_a_limit_is_known() -> None:
         return interpolated_speedup(COMPUTE, losses, arm_compute=1e16, arm_losses=arm)
 
     beyond = speedup(1.1, 1.1)
-    assert (beyond.factor, beyond.reach) == (None, Reach.BEYOND) and beyond.limits == pytest.approx((0.1, 3))
+    assert (beyond.factor, beyond.coverage) == (None, Coverage.BEYOND) and beyond.limits == pytest.approx(
+        (0.1, 3)
+    )
     # More than three times for certain, and without an upper end.
     assert beyond.interval is not None and beyond.interval[0] == pytest.approx(3)
     assert beyond.interval[1] is None
     # Beyond the largest size by less than its noise: the lower end is within the sizes.
     hardly = speedup(1.304, 1.304)
-    assert hardly.reach is Reach.BEYOND and hardly.interval is not None
+    assert hardly.coverage is Coverage.BEYOND and hardly.interval is not None
     assert hardly.interval[0] is not None and 1 < hardly.interval[0] < 3 and hardly.interval[1] is None
     below = speedup(1.9, 1.9)
-    assert (below.factor, below.reach) == (None, Reach.BELOW) and below.interval is not None
+    assert (below.factor, below.coverage) == (None, Coverage.BELOW) and below.interval is not None
     assert below.interval[0] is None and below.interval[1] == pytest.approx(0.1)
 
 
