@@ -40,6 +40,7 @@ from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig, RouterScore
 from slmjax.models.layers import Linear, ModelDims, NormKind, truncated_normal
 from slmjax.models.mixers.attention import AttentionConfig, Biases, OutputGate, QkNorm
+from slmjax.models.mixers.differential import DifferentialAttentionConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.models.padding import fill_padding, last_real
 from slmjax.models.parameterization import Parameterization
@@ -74,6 +75,7 @@ __all__ = [
     "BlockConfig",
     "CachingMixer",
     "ContextMixer",
+    "DifferentialAttentionConfig",
     "Ffn",
     "FfnAux",
     "FfnConfig",

@@ -19,6 +19,7 @@ from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.layers import ModelDims, NormKind
 from slmjax.models.mixers.attention import AttentionConfig, with_rope_fraction, with_rotary_dim
+from slmjax.models.mixers.differential import DifferentialAttentionConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.models.parameterization import UNSCALED, Parameterization, Scaling
 from slmjax.models.protocols import FfnConfig, MixerConfig
@@ -29,7 +30,13 @@ MOST_BLOCKS = 128  # in all patterns: each is built and compiled
 LARGEST_SIZE = 2**31 - 1  # of a dim, or any other integer
 
 # A config that is read from JSON finds its class among the imported ones: these are imported with the model.
-PARTS: tuple[type, ...] = (AttentionConfig, LatentAttentionConfig, MlpConfig, MoeConfig)
+PARTS: tuple[type, ...] = (
+    AttentionConfig,
+    DifferentialAttentionConfig,
+    LatentAttentionConfig,
+    MlpConfig,
+    MoeConfig,
+)
 
 
 class NormPlacement(enum.Enum):

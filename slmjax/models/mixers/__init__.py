@@ -1,7 +1,8 @@
-"""Token mixers, one file each: softmax attention and latent attention.
+"""Token mixers, one file each.
 
 Files in reading order:
 
 - attention.py: softmax attention and its caches
+- differential.py: differential attention
 - latent.py: multi-head latent attention
 """

@@ -288,6 +288,29 @@ def join(cache: Any, new: Any) -> Any:
     )
 
 
+def extend_cache(
+    cache: KvCache,
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    *,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+) -> tuple[KvCache, KvCache]:
+    """Return the entries that these tokens may see, theirs included, and the cache after them."""
+    written = write_cache(cache, keys, values, positions=positions, segment_ids=segment_ids)
+    # A single token finds all visible keys in the updated cache. The first of several tokens may need keys
+    # that the last of them overwrite in the ring.
+    if positions.shape[1] == 1:
+        return written, written
+    new = KvCache(
+        keys=jnp.swapaxes(keys, 1, 2),
+        values=jnp.swapaxes(values, 1, 2),
+        positions=positions,
+        segment_ids=segment_ids,
+    )
+    return join(cache, new), written
+
+
 def gated_heads(heads: Float[Array, "B T N H"], gates: Float[Array, "B T G"]) -> Float[Array, "B T N H"]:
     """Return what heads return times the sigmoid of their gates, computed in float32.
 
@@ -365,16 +388,7 @@ class Attention(CachingMixer):
             # implementation.
             mixed = kernels.self_attention(queries, keys, values, segment_ids=segment_ids, **settings)
         else:
-            new = KvCache(
-                keys=jnp.swapaxes(keys, 1, 2),
-                values=jnp.swapaxes(values, 1, 2),
-                positions=positions,
-                segment_ids=segment_ids,
-            )
-            written = write_cache(state, keys, values, positions=positions, segment_ids=segment_ids)
-            # A single token finds all visible keys in the updated cache. The first of several tokens may need
-            # keys that the last of them overwrite in the ring.
-            visible = written if x.shape[1] == 1 else join(state, new)
+            visible, state = extend_cache(state, keys, values, positions=positions, segment_ids=segment_ids)
             mixed = kernels.reference_attention(
                 queries,
                 jnp.swapaxes(visible.keys, 1, 2),
@@ -385,7 +399,6 @@ class Attention(CachingMixer):
                 k_positions=visible.positions,
                 **settings,
             )
-            state = written
         if self.output_gate is not None:
             mixed = gated_heads(mixed, self.output_gate(x))
         batch, length = positions.shape
