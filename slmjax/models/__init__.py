@@ -42,11 +42,13 @@ from slmjax.models.layers import Linear, ModelDims, NormKind, truncated_normal
 from slmjax.models.mixers.attention import AttentionConfig, Biases, OutputGate, QkNorm
 from slmjax.models.mixers.differential import DifferentialAttentionConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.mixers.parallel import Combine, ParallelMixerConfig
 from slmjax.models.padding import fill_padding, last_real
 from slmjax.models.parameterization import Parameterization
 from slmjax.models.protocols import (
     NO_CONTEXT,
     CachingMixer,
+    CompositeMixer,
     ContextMixer,
     Ffn,
     FfnAux,
@@ -57,6 +59,7 @@ from slmjax.models.protocols import (
     StatefulFfn,
     StateSize,
     Visibility,
+    optional_arguments,
 )
 from slmjax.models.rope import (
     LinearScaling,
@@ -74,6 +77,8 @@ __all__ = [
     "Biases",
     "BlockConfig",
     "CachingMixer",
+    "Combine",
+    "CompositeMixer",
     "ContextMixer",
     "DifferentialAttentionConfig",
     "Ffn",
@@ -97,6 +102,7 @@ __all__ = [
     "NormKind",
     "NormPlacement",
     "OutputGate",
+    "ParallelMixerConfig",
     "Parameterization",
     "Precision",
     "QkNorm",
@@ -109,6 +115,7 @@ __all__ = [
     "YarnScaling",
     "fill_padding",
     "last_real",
+    "optional_arguments",
     "sequence_lengths",
     "stack_of",
     "truncated_normal",

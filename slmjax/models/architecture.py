@@ -21,8 +21,9 @@ from slmjax.models.layers import ModelDims, NormKind
 from slmjax.models.mixers.attention import AttentionConfig, with_rope_fraction, with_rotary_dim
 from slmjax.models.mixers.differential import DifferentialAttentionConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.mixers.parallel import ParallelMixerConfig
 from slmjax.models.parameterization import UNSCALED, Parameterization, Scaling
-from slmjax.models.protocols import FfnConfig, MixerConfig
+from slmjax.models.protocols import FfnConfig, MixerConfig, innermost
 
 # More is a mistake, or a file that is made to take all memory and time.
 MOST_LAYERS = 4096
@@ -36,6 +37,7 @@ PARTS: tuple[type, ...] = (
     LatentAttentionConfig,
     MlpConfig,
     MoeConfig,
+    ParallelMixerConfig,
 )
 
 
@@ -209,7 +211,7 @@ class ModelConfig:
                 )
         # A layer of another kind would silently train with factors that are not its own.
         for block in dict.fromkeys(block for group in self.stack for block in group.pattern):
-            for part in (block.mixer, block.ffn):
+            for part in (*innermost(block.mixer), block.ffn):
                 if part is not None and type(part) not in PARTS:
                     known = ", ".join(cls.__name__ for cls in PARTS)
                     raise ValueError(

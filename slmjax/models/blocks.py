@@ -21,12 +21,12 @@ from slmjax import kernels
 from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig, NormPlacement, Remat
 from slmjax.models.layers import Norm, dropout
 from slmjax.models.protocols import (
-    CachingMixer,
-    ContextMixer,
+    NO_CONTEXT,
     FfnAux,
     MixerContext,
     StatefulFfn,
     Visibility,
+    optional_arguments,
 )
 from slmjax.parallel import communication
 
@@ -102,7 +102,7 @@ class Block(nnx.Module):
             segment_ids=inputs.segment_ids,
             positions=inputs.positions,
             state=None if state is None else state.mixer,
-            **self._optional_arguments(inputs, context),
+            **optional_arguments(self.mixer, max_lengths=inputs.max_lengths, context=context or NO_CONTEXT),
         )
         x = self._add(x, _maybe(self.mixer_post_norm, mixed), key, 0)
         # Captured is what a sublayer returns, before its post-norm and the residual multiplier.
@@ -132,15 +132,6 @@ class Block(nnx.Module):
             mixer=self.mixer.init_state(batch_size, max_length=max_length),
             ffn=self.ffn.init_state(batch_size) if isinstance(self.ffn, StatefulFfn) else None,
         )
-
-    def _optional_arguments(self, inputs: LayerInputs, context: MixerContext | None) -> dict[str, Any]:
-        """Return the arguments that only some kinds of mixer take."""
-        arguments: dict[str, Any] = {}
-        if isinstance(self.mixer, CachingMixer):
-            arguments["max_lengths"] = inputs.max_lengths
-        if isinstance(self.mixer, ContextMixer) and context is not None:
-            arguments["context"] = context
-        return arguments
 
     def _add(
         self, x: Float[Array, "B T D"], update: Float[Array, "B T D"], key: Array | None, index: int

@@ -8,8 +8,11 @@ from slmjax.models.architecture import BlockConfig, ModelConfig, Precision, Rema
 from slmjax.models.ffn.moe import Balance, MoeConfig
 from slmjax.models.layers import ModelDims
 from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.models.mixers.differential import DifferentialAttentionConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.mixers.parallel import ParallelMixerConfig, with_parts_changed
 from slmjax.models.parameterization import Parameterization
+from slmjax.models.protocols import MixerConfig
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
@@ -35,9 +38,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
     )
 
 
-def _canonical_block(block: BlockConfig, dims: ModelDims) -> BlockConfig:
-    mixer = block.mixer
-    ffn = block.ffn
+def _canonical_mixer(mixer: MixerConfig, dims: ModelDims) -> MixerConfig:
     # None and its explicit default are the same model: both become the explicit value.
     if isinstance(mixer, AttentionConfig):
         head_dim = mixer.resolved_head_dim(dims)
@@ -54,13 +55,29 @@ def _canonical_block(block: BlockConfig, dims: ModelDims) -> BlockConfig:
         mixer = dataclasses.replace(
             mixer, scale=scale, latent_norm_eps=mixer.latent_norm_eps or dims.norm_eps
         )
+    if isinstance(mixer, DifferentialAttentionConfig):
+        mixer = dataclasses.replace(
+            mixer, num_kv_heads=mixer.kv_heads, head_dim=mixer.resolved_head_dim(dims)
+        )
+    if isinstance(mixer, ParallelMixerConfig):
+        ones = (1.0,) * len(mixer.mixers)
+        mixer = dataclasses.replace(
+            with_parts_changed(mixer, lambda part: _canonical_mixer(part, dims)),
+            input_multipliers=mixer.input_multipliers or ones,
+            output_multipliers=mixer.output_multipliers or ones,
+        )
+    return mixer
+
+
+def _canonical_block(block: BlockConfig, dims: ModelDims) -> BlockConfig:
+    ffn = block.ffn
     if isinstance(ffn, MoeConfig):
         # Selection biases are part of the model; the other settings of balance affect training only.
         balance = Balance.BIAS if ffn.balance is Balance.BIAS else Balance.NONE
         ffn = dataclasses.replace(
             ffn, balance=balance, balance_weight=0.0, bias_rate=0.0, z_weight=0.0, capacity_factor=None
         )
-    return dataclasses.replace(block, mixer=mixer, ffn=ffn)
+    return dataclasses.replace(block, mixer=_canonical_mixer(block.mixer, dims), ffn=ffn)
 
 
 def differences(expected: ModelConfig, actual: ModelConfig, *, tolerance: float = 0.0) -> list[str]:

@@ -10,7 +10,7 @@ Dims: B batch, T time, D model.
 import abc
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -155,6 +155,47 @@ class ContextMixer(Mixer):
     ) -> tuple[Float[Array, "B T D"], Any]: ...
 
 
+class CompositeMixer(Mixer):
+    """A mixer of several others, to which it passes what each takes (`optional_arguments`)."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        state: Any,
+        max_lengths: Int[Array, " B"] | None = None,
+        context: MixerContext = NO_CONTEXT,
+    ) -> tuple[Float[Array, "B T D"], Any]: ...
+
+    @abc.abstractmethod
+    def inner(self) -> Iterator[tuple[str, Mixer]]:
+        """Yield the mixers with their paths below this one, each of which ends in `/mixer`."""
+
+
+def optional_arguments(
+    mixer: Mixer, *, max_lengths: Int[Array, " B"] | None, context: MixerContext
+) -> dict[str, Any]:
+    """Return the arguments that only some kinds of mixer take, if this one does."""
+    arguments: dict[str, Any] = {}
+    if isinstance(mixer, CachingMixer | CompositeMixer):
+        arguments["max_lengths"] = max_lengths
+    if isinstance(mixer, ContextMixer | CompositeMixer):
+        arguments["context"] = context
+    return arguments
+
+
+def caching_mixers(mixer: Mixer, path: str) -> Iterator[tuple[str, CachingMixer]]:
+    """Yield a mixer, and those inside it, that have a cache, with their paths; `path` is that of `mixer`."""
+    if isinstance(mixer, CachingMixer):
+        yield path, mixer
+    if isinstance(mixer, CompositeMixer):
+        for below, part in mixer.inner():
+            yield from caching_mixers(part, f"{path}/{below}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixerConfig(abc.ABC):
     """Settings of a token mixer."""
@@ -162,6 +203,10 @@ class MixerConfig(abc.ABC):
     @abc.abstractmethod
     def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> Mixer:
         """Build the module, with freshly initialised parameters."""
+
+    def parts(self) -> tuple["MixerConfig", ...]:
+        """Return the mixers that this one consists of: none, unless it builds a `CompositeMixer`."""
+        return ()
 
     def training_note(self, dims: ModelDims) -> str | None:
         """Return a warning about training with these settings; None if there is none."""
@@ -201,6 +246,15 @@ class MixerConfig(abc.ABC):
     def visibilities(self) -> frozenset[Visibility]:
         """Return the kinds of visibility that the mixer can compute."""
         return frozenset({Visibility.CAUSAL})
+
+
+def innermost(mixer: MixerConfig) -> Iterator[MixerConfig]:
+    """Yield the mixers that a mixer consists of, at any depth; itself if it has no parts."""
+    parts = mixer.parts()
+    if not parts:
+        yield mixer
+    for part in parts:
+        yield from innermost(part)
 
 
 class Ffn(nnx.Module):

@@ -14,8 +14,10 @@ from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.models.mixers.differential import DifferentialAttentionConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
-from slmjax.models.protocols import FfnConfig, MixerConfig
+from slmjax.models.mixers.parallel import ParallelMixerConfig, with_parts_changed
+from slmjax.models.protocols import FfnConfig, MixerConfig, innermost
 
 
 class HeadGrowth(enum.Enum):
@@ -28,11 +30,11 @@ class HeadGrowth(enum.Enum):
 def head_growth(model: ModelConfig, *, widths: Sequence[int]) -> HeadGrowth:
     """Return `NUMBER` if all of these widths have whole numbers of heads of the model's size, else `SIZE`."""
     counts = set()
-    for block in model.blocks():
-        if isinstance(block.mixer, AttentionConfig):
-            counts |= {block.mixer.num_heads, block.mixer.kv_heads}
-        elif isinstance(block.mixer, LatentAttentionConfig):
-            counts |= {block.mixer.num_heads}
+    for mixer in (mixer for block in model.blocks() for mixer in innermost(block.mixer)):
+        if isinstance(mixer, AttentionConfig | DifferentialAttentionConfig):
+            counts |= {mixer.num_heads, mixer.kv_heads}
+        elif isinstance(mixer, LatentAttentionConfig):
+            counts |= {mixer.num_heads}
     ratios = [Fraction(width, model.embed_dim) for width in widths]
     is_whole = all((count * ratio).denominator == 1 for count in counts for ratio in ratios)
     return HeadGrowth.NUMBER if is_whole else HeadGrowth.SIZE
@@ -40,12 +42,13 @@ def head_growth(model: ModelConfig, *, widths: Sequence[int]) -> HeadGrowth:
 
 def query_dim(model: ModelConfig) -> int:
     """Return the dims of a query of the first layer, which attention scores are divided by."""
-    mixer = next(model.blocks()).mixer
-    if isinstance(mixer, LatentAttentionConfig):
-        return mixer.key_dim
-    if isinstance(mixer, AttentionConfig):
-        return mixer.resolved_head_dim(model.layer_dims())
-    raise ValueError(f"{type(mixer).__name__} has no queries: only attention has other widths here")
+    first = next(model.blocks()).mixer
+    for mixer in innermost(first):
+        if isinstance(mixer, LatentAttentionConfig):
+            return mixer.key_dim
+        if isinstance(mixer, AttentionConfig | DifferentialAttentionConfig):
+            return mixer.resolved_head_dim(model.layer_dims())
+    raise ValueError(f"{type(first).__name__} has no queries: only attention has other widths here")
 
 
 def at_width(model: ModelConfig, width: int, *, growth: HeadGrowth) -> ModelConfig:
@@ -84,6 +87,18 @@ def _wider_mixer(mixer: MixerConfig, model: ModelConfig, ratio: Fraction, growth
             head_dim=_times("head_dim", head_dim, ratio),
             rotary_dim=None if rotary_dim is None else _times("rotary_dim", rotary_dim, ratio),
         )
+    if isinstance(mixer, DifferentialAttentionConfig):
+        head_dim = mixer.resolved_head_dim(model.layer_dims())
+        if not is_number:
+            return dataclasses.replace(mixer, head_dim=_times("head_dim", head_dim, ratio))
+        return dataclasses.replace(
+            mixer,
+            head_dim=head_dim,
+            num_heads=_times("num_heads", mixer.num_heads, ratio),
+            num_kv_heads=_times("num_kv_heads", mixer.kv_heads, ratio),
+        )
+    if isinstance(mixer, ParallelMixerConfig):
+        return with_parts_changed(mixer, lambda part: _wider_mixer(part, model, ratio, growth))
     if isinstance(mixer, LatentAttentionConfig):
         # Latents grow in either case: they are widths between two matrices.
         names = ["latent_dim", "query_rank"]

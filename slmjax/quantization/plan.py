@@ -22,7 +22,7 @@ from slmjax.models.decoder import Decoder
 from slmjax.models.ffn.moe import Experts
 from slmjax.models.layers import Linear
 from slmjax.models.paths import layer_indices, logical_paths
-from slmjax.models.protocols import CachingMixer
+from slmjax.models.protocols import CachingMixer, caching_mixers
 from slmjax.parallel.rules import input_dim
 from slmjax.quantization.activations import (
     ActivationQuantizer,
@@ -60,10 +60,12 @@ def stack_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
     }
     for index, group in enumerate(model.segments):
         for offset, block in enumerate(group.blocks):
-            if isinstance(block.mixer, CachingMixer):
-                # A cache is no parameter, but rules name it by a path.
-                path = f"segments/{index}/blocks/{offset}{CACHE}"
-                shapes[path] = (group.config.repeats, *block.mixer.cached_shape())
+            path = f"segments/{index}/blocks/{offset}/mixer"
+            # A cache is no parameter, but rules name it by a path.
+            shapes |= {
+                f"{mixer_path}/cache": (group.config.repeats, *mixer.cached_shape())
+                for mixer_path, mixer in caching_mixers(block.mixer, path)
+            }
     return shapes
 
 
