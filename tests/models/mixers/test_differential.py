@@ -52,8 +52,8 @@ def test_one_head_in_layer_0_has_known_values(segments, rows, expected):
     """
     queries = np.stack([QUERIES, QUERIES[:, ::-1]], axis=1)[None, :, None]
     keys = np.stack([KEYS, KEYS[:, ::-1] / 2], axis=1)[None, :, None]
-    segment_ids = np.array([segments], np.int32)
-    positions = np.arange(5, dtype=np.int32)[None]
+    segment_ids = jnp.array([segments])
+    positions = jnp.arange(5)[None]
     head = differential_attention(
         jnp.asarray(queries),
         jnp.asarray(keys),
