@@ -17,6 +17,7 @@ Files in reading order:
 - ffn: feed-forward layers
 - mixers: token mixers
 - architecture.py: `ModelConfig`, a stack of layer groups
+- shared_layers.py: layers that use what other layers have
 - canonical_form.py: one form for equal architectures
 - blocks.py: blocks, scanned over the repeats of their group
 - decoder.py: the decoder, group after group
@@ -69,6 +70,7 @@ from slmjax.models.rope import (
     YarnScaling,
     sequence_lengths,
 )
+from slmjax.models.shared_layers import with_shared_key_values
 
 __all__ = [
     "Activation",
@@ -119,5 +121,6 @@ __all__ = [
     "sequence_lengths",
     "stack_of",
     "truncated_normal",
+    "with_shared_key_values",
     "zoo",
 ]

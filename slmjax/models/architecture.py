@@ -179,19 +179,28 @@ class ModelConfig:
         self._check_shared_values()
 
     def _check_shared_values(self) -> None:
-        """Raise ValueError for a layer that reads what no layer before it writes."""
-        known: set[str] = set()
+        """Raise ValueError for a layer that reads what no earlier layer writes, or not of that kind."""
+        sources: dict[str, MixerConfig] = {}
         index = 0
         for group in self.stack:
-            # The first repeat has the fewest layers before it.
-            for offset, block in enumerate(group.pattern):
-                if missing := [name for name in block.mixer.reads() if name not in known]:
-                    raise ValueError(
-                        f"layer {index + offset} ({type(block.mixer).__name__}) reads {missing[0]!r}, and no "
-                        "earlier layer writes it: put a layer before it that does"
-                    )
-                known |= set(block.mixer.writes())
+            # The first repeat has the fewest layers before it; in the others a layer may read what a later
+            # one of the pattern has written.
+            for offset, block in enumerate(group.pattern * min(group.repeats, 2)):
+                layer = index + offset
+                for mixer in innermost(block.mixer):
+                    self._check_reader(mixer, sources, layer)
+                sources |= {name: mixer for mixer in innermost(block.mixer) for name in mixer.writes()}
             index += len(group.pattern) * group.repeats
+
+    def _check_reader(self, mixer: MixerConfig, sources: dict[str, MixerConfig], layer: int) -> None:
+        for name in mixer.reads():
+            if name not in sources:
+                raise ValueError(
+                    f"layer {layer} ({type(mixer).__name__}) reads {name!r}, and no earlier layer writes it: "
+                    "put a layer before it that does"
+                )
+            if problem := mixer.source_problem(name, sources[name], self.layer_dims()):
+                raise ValueError(f"layer {layer} reads {name!r}: {problem}")
 
     def _check_parameterization(self) -> None:
         for name in ("base_width", "base_depth", "base_head_dim"):

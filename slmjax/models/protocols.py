@@ -136,8 +136,11 @@ class CachingMixer(Mixer):
         """Mix tokens; `max_lengths`: maximum length of each row's sequence, None for complete documents."""
 
     @abc.abstractmethod
-    def cached_shape(self) -> tuple[int, ...]:
-        """Return the shape of a token's cache entry; a per-token format has one scale along the last dim."""
+    def cached_shape(self) -> tuple[int, ...] | None:
+        """Return the shape of a token's cache entry; a per-token format has one scale along the last dim.
+
+        None for a mixer without a cache of its own, which reads that of another.
+        """
 
 
 class ContextMixer(Mixer):
@@ -189,7 +192,7 @@ def optional_arguments(
 
 def caching_mixers(mixer: Mixer, path: str) -> Iterator[tuple[str, CachingMixer]]:
     """Yield a mixer, and those inside it, that have a cache, with their paths; `path` is that of `mixer`."""
-    if isinstance(mixer, CachingMixer):
+    if isinstance(mixer, CachingMixer) and mixer.cached_shape() is not None:
         yield path, mixer
     if isinstance(mixer, CompositeMixer):
         for below, part in mixer.inner():
@@ -242,6 +245,10 @@ class MixerConfig(abc.ABC):
     def writes(self) -> tuple[str, ...]:
         """Return the names of the values that the mixer writes for later layers (`MixerContext.write`)."""
         return ()
+
+    def source_problem(self, name: str, source: "MixerConfig", dims: ModelDims) -> str | None:
+        """Return why this mixer cannot read what `source` writes under this name; None if it can."""
+        return None
 
     def visibilities(self) -> frozenset[Visibility]:
         """Return the kinds of visibility that the mixer can compute."""

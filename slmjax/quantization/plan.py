@@ -63,7 +63,7 @@ def stack_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
             path = f"segments/{index}/blocks/{offset}/mixer"
             # A cache is no parameter, but rules name it by a path.
             shapes |= {
-                f"{mixer_path}/cache": (group.config.repeats, *mixer.cached_shape())
+                f"{mixer_path}/cache": (group.config.repeats, *(mixer.cached_shape() or ()))
                 for mixer_path, mixer in caching_mixers(block.mixer, path)
             }
     return shapes

@@ -19,7 +19,14 @@ from jaxtyping import Array, Float, Int
 from slmjax import kernels
 from slmjax.config import ConfigError, added_field
 from slmjax.models.layers import ArrayFunction, Linear, ModelDims, Norm
-from slmjax.models.protocols import CachingMixer, MixerConfig, StateSize
+from slmjax.models.protocols import (
+    NO_CONTEXT,
+    CachingMixer,
+    ContextMixer,
+    MixerConfig,
+    MixerContext,
+    StateSize,
+)
 from slmjax.models.rope import LongScaling, RopeScaling, rotary, sequence_lengths
 
 log = logging.getLogger(__name__)
@@ -73,6 +80,10 @@ class AttentionConfig(MixerConfig):
     sinks: bool = False  # a learned score per head that takes part in the softmax without a value (GPT-OSS)
     # multiply what heads return with the sigmoid of a projection of the layer's input
     output_gate: OutputGate = added_field(OutputGate.NONE, before=OutputGate.NONE)
+    # later layers may read keys and values under this name (none: no layer does)
+    writes_kv: str | None = added_field(None, before=None)
+    # take the keys and values of the layer that last wrote this name (none: this layer has its own)
+    reads_kv: str | None = added_field(None, before=None)
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.kv_heads < 1 or self.num_heads % self.kv_heads:
@@ -86,6 +97,11 @@ class AttentionConfig(MixerConfig):
             raise ValueError(f"window must be at least 1 (a token sees itself) or none, got {self.window}")
         if self.softcap is not None and self.softcap <= 0:
             raise ValueError(f"softcap must be positive or none, got {self.softcap}")
+        if self.writes_kv is not None and self.reads_kv is not None:
+            raise ValueError(
+                f"writes_kv={self.writes_kv!r} and reads_kv={self.reads_kv!r}: a layer that reads keys and "
+                "values has none to write, so set one of them"
+            )
         if self.rope_base is not None and self.rope_base <= 0:
             raise ValueError(f"rope_base must be positive, or none for no positions, got {self.rope_base}")
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
@@ -98,6 +114,33 @@ class AttentionConfig(MixerConfig):
     def kv_heads(self) -> int:
         """Number of key-value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def reads(self) -> tuple[str, ...]:
+        """Return the name of the keys and values that are read, if they are those of an earlier layer."""
+        return () if self.reads_kv is None else (self.reads_kv,)
+
+    def writes(self) -> tuple[str, ...]:
+        """Return the name under which keys and values are written, if they are."""
+        return () if self.writes_kv is None else (self.writes_kv,)
+
+    def source_problem(self, name: str, source: MixerConfig, dims: ModelDims) -> str | None:
+        """Return how keys and values of `source` differ in shape, rotation or window from those read here."""
+        if not isinstance(source, AttentionConfig):
+            return f"it is written by {type(source).__name__}, and must be by AttentionConfig"
+        ours = {"key-value heads": self.kv_heads, "head_dim": self.resolved_head_dim(dims)}
+        theirs = {"key-value heads": source.kv_heads, "head_dim": source.resolved_head_dim(dims)}
+        # Keys are rotated where they are made. A cache of another window lacks keys that training sees.
+        for field in ("window", "rope_base", "rotary_dim", "rope_scaling"):
+            ours[field] = getattr(self, field)
+            theirs[field] = getattr(source, field)
+        differing = (field for field in ours if ours[field] != theirs[field])
+        return next(
+            (
+                f"{field} is {ours[field]} here and {theirs[field]} in the layer that writes it: set the same"
+                for field in differing
+            ),
+            None,
+        )
 
     def resolved_head_dim(self, dims: ModelDims) -> int:
         """Return the dims per head. Raises ValueError if the heads do not divide the model's width."""
@@ -162,7 +205,12 @@ class AttentionConfig(MixerConfig):
         return 4 * mean_visible * self.num_heads * self.resolved_head_dim(dims)
 
     def state_size(self, dims: ModelDims, *, length: int) -> StateSize:
-        """Return the size of cached keys and values of one sequence, at most those of the window."""
+        """Return the size of cached keys and values of one sequence, at most those of the window.
+
+        A layer that reads those of another caches nothing.
+        """
+        if self.reads_kv is not None:
+            return StateSize()
         slots = length if self.window is None else min(self.window, length)
         return StateSize(cached=2 * slots * self.kv_heads * self.resolved_head_dim(dims))
 
@@ -320,8 +368,11 @@ def gated_heads(heads: Float[Array, "B T N H"], gates: Float[Array, "B T G"]) ->
     return (heads.astype(jnp.float32) * jax.nn.sigmoid(gates_BTNG)).astype(heads.dtype)
 
 
-class Attention(CachingMixer):
-    """Grouped-query softmax attention."""
+class Attention(CachingMixer, ContextMixer):
+    """Grouped-query softmax attention.
+
+    The decoding state is a cache; it is empty in a layer that reads the keys and values of another.
+    """
 
     def __init__(self, config: AttentionConfig, dims: ModelDims, *, rngs: nnx.Rngs) -> None:
         head_dim = config.resolved_head_dim(dims)
@@ -332,8 +383,10 @@ class Attention(CachingMixer):
         self.scale = dims.scaling.score_scale(head_dim, config.scale)
         linear_kwargs = {"std": dims.init_std, "bias": config.biases is not Biases.NONE, "rngs": rngs}
         self.query = Linear(dims.embed_dim, config.num_heads * head_dim, **linear_kwargs)
-        self.key = Linear(dims.embed_dim, config.kv_heads * head_dim, **linear_kwargs)
-        self.value = Linear(dims.embed_dim, config.kv_heads * head_dim, **linear_kwargs)
+        has_own = config.reads_kv is None
+        kv_dim = config.kv_heads * head_dim
+        self.key = Linear(dims.embed_dim, kv_dim, **linear_kwargs) if has_own else None
+        self.value = Linear(dims.embed_dim, kv_dim, **linear_kwargs) if has_own else None
         self.output = Linear(
             config.num_heads * head_dim,
             dims.embed_dim,
@@ -342,7 +395,7 @@ class Attention(CachingMixer):
             rngs=rngs,
         )
         self.query_norm = self._norm(dims, config.num_heads)
-        self.key_norm = self._norm(dims, config.kv_heads)
+        self.key_norm = self._norm(dims, config.kv_heads) if has_own else None
         # A sink of 0 acts as one more key with the score 0.
         self.sinks = nnx.Param(jnp.zeros((config.num_heads,), jnp.float32)) if config.sinks else None
         # Drawn last: the other initial weights do not depend on it.
@@ -362,6 +415,7 @@ class Attention(CachingMixer):
         positions: Int[Array, "B T"],
         state: Any,
         max_lengths: Int[Array, " B"] | None = None,
+        context: MixerContext = NO_CONTEXT,
     ) -> tuple[Float[Array, "B T D"], Any]:
         lengths = None
         # Only scaled rotary frequencies may depend on the length of the sequence.
@@ -370,12 +424,18 @@ class Attention(CachingMixer):
                 positions, segment_ids, max_lengths=max_lengths, is_decoding=state is not None
             )
         queries = self._heads(self.query(x), self.query_norm, positions, lengths)
-        keys = self._heads(self.key(x), self.key_norm, positions, lengths)
-        values = self._split_heads(self.value(x))
-        # In training too: the model then learns with the rounded keys and values that decoding caches.
-        if self.cache_quantizer is not None:
-            keys = self.cache_quantizer(keys)
-            values = self.cache_quantizer(values)
+        is_decoding = state is not None
+        if self.config.reads_kv is not None:
+            visible = context.shared[self.config.reads_kv]
+        else:
+            keys, values = self._own(x, positions, lengths)
+            visible = keys, values
+            if is_decoding:
+                visible, state = extend_cache(
+                    state, keys, values, positions=positions, segment_ids=segment_ids
+                )
+        if self.config.writes_kv is not None:
+            context.write(self.config.writes_kv, visible)
         sinks = None if self.sinks is None else self.sinks[...]
         settings: dict[str, Any] = {
             "window": self.config.window,
@@ -383,12 +443,11 @@ class Attention(CachingMixer):
             "softcap": self.config.softcap,
             "sinks": sinks,
         }
-        if state is None:
+        if not is_decoding:
             # Fused kernels are for sequences that attend to themselves; decoding takes the reference
             # implementation.
-            mixed = kernels.self_attention(queries, keys, values, segment_ids=segment_ids, **settings)
+            mixed = kernels.self_attention(queries, *visible, segment_ids=segment_ids, **settings)
         else:
-            visible, state = extend_cache(state, keys, values, positions=positions, segment_ids=segment_ids)
             mixed = kernels.reference_attention(
                 queries,
                 jnp.swapaxes(visible.keys, 1, 2),
@@ -404,8 +463,10 @@ class Attention(CachingMixer):
         batch, length = positions.shape
         return self.output(mixed.reshape(batch, length, -1)), state
 
-    def init_state(self, batch_size: int, *, max_length: int) -> KvCache:
+    def init_state(self, batch_size: int, *, max_length: int) -> KvCache | tuple[()]:
         """Return an empty cache of `max_length` slots, or of the window's size if that is smaller."""
+        if self.config.reads_kv is not None:
+            return ()
         num_slots = max_length if self.config.window is None else min(self.config.window, max_length)
         shape = (batch_size, self.config.kv_heads, num_slots, self.head_dim)
         ids = jnp.zeros((batch_size, num_slots), jnp.int32)
@@ -417,14 +478,29 @@ class Attention(CachingMixer):
             segment_ids=ids,
         )
 
-    def cached_shape(self) -> tuple[int, ...]:
-        """Return the shape of a token's keys and values, [2, K, H]."""
+    def cached_shape(self) -> tuple[int, ...] | None:
+        """Return the shape of a token's keys and values, [2, K, H]; None if another layer has them."""
+        if self.config.reads_kv is not None:
+            return None
         return 2, self.config.kv_heads, self.head_dim
 
     def _norm(self, dims: ModelDims, num_heads: int) -> Norm | None:
         # PER_HEAD has H scales, which all heads share; ALL_HEADS has one for each of N * H dims.
         num_normed = {QkNorm.NONE: 0, QkNorm.PER_HEAD: 1, QkNorm.ALL_HEADS: num_heads}[self.config.qk_norm]
         return dims.norm(num_normed * self.head_dim) if num_normed else None
+
+    def _own(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], lengths: Int[Array, "B #T"] | None
+    ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Return the keys and values of this layer."""
+        assert self.key is not None and self.value is not None
+        keys = self._heads(self.key(x), self.key_norm, positions, lengths)
+        values = self._split_heads(self.value(x))
+        # In training too: the model then learns with the rounded keys and values that decoding caches.
+        if self.cache_quantizer is not None:
+            keys = self.cache_quantizer(keys)
+            values = self.cache_quantizer(values)
+        return keys, values
 
     def _split_heads(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
