@@ -83,7 +83,9 @@ class MixerContext:
 
         Call this in the mixer itself, not in a function that it passes to a loop or to `jax.checkpoint`.
         """
-        self.written[name] = value
+        # A mixer on its own has no later layers.
+        if self is not NO_CONTEXT:
+            self.written[name] = value
 
 
 NO_CONTEXT = MixerContext()  # a mixer on its own, which reads and writes nothing

@@ -23,6 +23,8 @@ from slmjax.models.architecture import BlockConfig, HeadKind, LayerGroup, ModelC
 from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig, OutputGate, QkNorm
+from slmjax.models.mixers.differential import DifferentialAttentionConfig
+from slmjax.models.mixers.parallel import ParallelMixerConfig
 from slmjax.models.rope import LinearScaling
 from tests.convert.synthetic import write_model
 from tests.convert.test_families import read_golden
@@ -257,6 +259,22 @@ def ffn(**fields: Any) -> BlockConfig:
         (odd(ffn(gated=False)), r"gated = False"),
         (odd(ffn(activation=Activation.CLAMPED_SILU)), r"the activation is 'clamped_silu'"),
         (odd(mixer(qk_norm=QkNorm.PER_HEAD, sinks=True)), r"sinks = True"),
+        (
+            odd(stack=stack_of([mixer(writes_kv="x"), mixer(reads_kv="x")])),
+            r"writes_kv = x \(read back as none\)",
+        ),
+        (
+            odd(
+                dataclasses.replace(
+                    BLOCK, mixer=ParallelMixerConfig(mixers=(BLOCK.mixer, mixer(window=4).mixer))
+                )
+            ),
+            r"is ParallelMixerConfig, but must be AttentionConfig",
+        ),
+        (
+            odd(dataclasses.replace(BLOCK, mixer=DifferentialAttentionConfig(num_heads=1, head_dim=8))),
+            r"is DifferentialAttentionConfig, but must be AttentionConfig",
+        ),
         (
             odd(mixer(output_gate=OutputGate.PER_HEAD)),
             r"output_gate = per_head \(read back as none\)",

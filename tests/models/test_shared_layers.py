@@ -57,9 +57,10 @@ def random_params():
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def hidden_states(definition, params, tokens, segment_ids, positions, state):
-    output = definition.merge(params, {})(tokens, segment_ids=segment_ids, positions=positions, state=state)
+@jax.jit
+def hidden_states(params, tokens, segment_ids, positions, state):
+    model = define(MODEL).merge(params, {})
+    output = model(tokens, segment_ids=segment_ids, positions=positions, state=state)
     return output.hidden, output.state
 
 
@@ -88,10 +89,10 @@ def test_a_reader_attends_to_the_keys_and_values_of_its_source():
 def test_readers_decode_as_they_train_and_do_not_see_other_documents():
     definition = define(MODEL)
     params = random_params()
-    whole, _ = hidden_states(definition, params, TOKENS, jnp.ones_like(TOKENS), PLACES, None)
+    whole, _ = hidden_states(params, TOKENS, jnp.ones_like(TOKENS), PLACES, None)
     segments = 1 + (PLACES >= 6)
     positions = jnp.where(PLACES < 6, PLACES, PLACES - 6)
-    packed, _ = hidden_states(definition, params, TOKENS, segments, positions, None)
+    packed, _ = hidden_states(params, TOKENS, segments, positions, None)
     np.testing.assert_allclose(packed[:, :6], whole[:, :6], rtol=1e-4, atol=1e-5)
     # Several tokens that follow a cache: those of the window are older than its ring.
     state = definition.merge(params, {}).init_state(4, max_length=LENGTH)
@@ -103,7 +104,7 @@ def test_readers_decode_as_they_train_and_do_not_see_other_documents():
     for size in (7, 7, 1, 1):
         part = slice(start, start + size)
         ids = jnp.ones((4, size), int)
-        hidden, state = hidden_states(definition, params, TOKENS[:, part], ids, PLACES[:, part], state)
+        hidden, state = hidden_states(params, TOKENS[:, part], ids, PLACES[:, part], state)
         outputs.append(hidden)
         start += size
     np.testing.assert_allclose(np.concatenate(outputs, axis=1), whole, rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from slmjax import config as config_io
 from slmjax.formats.presets import PRESETS
 from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig, Parameterization
 from slmjax.models.canonical_form import canonical
@@ -117,10 +118,14 @@ def random_model():
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def hidden_states(definition, params, tokens, segment_ids, positions, state):
-    output = definition.merge(params, {})(tokens, segment_ids=segment_ids, positions=positions, state=state)
-    return output.hidden, output.state
+def compiled(definition):
+    @jax.jit
+    def hidden_states(params, tokens, segment_ids, positions, state):
+        model = definition.merge(params, {})
+        output = model(tokens, segment_ids=segment_ids, positions=positions, state=state)
+        return output.hidden, output.state
+
+    return hidden_states
 
 
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 40, (4, LENGTH)), jnp.int32)
@@ -129,16 +134,15 @@ PLACES = jnp.broadcast_to(jnp.arange(LENGTH), TOKENS.shape)
 
 def test_three_kinds_of_mixers_in_one_stack_do_not_see_other_documents_and_decode_as_they_train():
     definition, params = random_model()
-    whole, _ = hidden_states(definition, params, TOKENS, jnp.ones_like(TOKENS), PLACES, None)
+    hidden_states = compiled(definition)
+    whole, _ = hidden_states(params, TOKENS, jnp.ones_like(TOKENS), PLACES, None)
     # The first 6 tokens of a row are the same document when others follow.
     segments = 1 + (PLACES >= 6)
-    packed, _ = hidden_states(
-        definition, params, TOKENS, segments, jnp.where(PLACES < 6, PLACES, PLACES - 6), None
-    )
+    packed, _ = hidden_states(params, TOKENS, segments, jnp.where(PLACES < 6, PLACES, PLACES - 6), None)
     np.testing.assert_allclose(packed[:, :6], whole[:, :6], rtol=1e-4, atol=1e-5)
     # The others are alone the same as after them.
     moved = jnp.roll(TOKENS, -6, axis=1)
-    alone, _ = hidden_states(definition, params, moved, (PLACES < 10).astype(int), PLACES, None)
+    alone, _ = hidden_states(params, moved, (PLACES < 10).astype(int), PLACES, None)
     np.testing.assert_allclose(packed[:, 6:], alone[:, :10], rtol=1e-4, atol=1e-5)
     # Prefill, then single tokens: the state of the parallel mixer is a tuple.
     state = definition.merge(params, {}).init_state(4, max_length=LENGTH)
@@ -149,7 +153,7 @@ def test_three_kinds_of_mixers_in_one_stack_do_not_see_other_documents_and_decod
     for size in (12, 1, 1, 1, 1):
         part = slice(start, start + size)
         hidden, state = hidden_states(
-            definition, params, TOKENS[:, part], jnp.ones((4, size), int), PLACES[:, part], state
+            params, TOKENS[:, part], jnp.ones((4, size), int), PLACES[:, part], state
         )
         outputs.append(hidden)
         start += size
@@ -190,17 +194,18 @@ def test_weights_inputs_and_caches_of_parts_are_quantized():
     parts = model.segments[0].blocks[2].mixer.parts
     assert all(part.mixer.cache_quantizer is not None for part in parts)
     assert parts[0].mixer.output_gate.input_quantizer is not None
-    whole, _ = hidden_states(definition, transformed, TOKENS, jnp.ones_like(TOKENS), PLACES, None)
-    plain, _ = hidden_states(define(MODEL), params, TOKENS, jnp.ones_like(TOKENS), PLACES, None)
+    whole, _ = compiled(definition)(transformed, TOKENS, jnp.ones_like(TOKENS), PLACES, None)
+    plain, _ = compiled(define(MODEL))(params, TOKENS, jnp.ones_like(TOKENS), PLACES, None)
     assert 1e-3 < np.max(np.abs(whole - plain)) < 1.0
 
 
 def test_forms_and_sizes_reach_the_parts():
+    assert config_io.loads(ModelConfig, config_io.dumps(MODEL)) == MODEL
     block = canonical(MODEL).stack[0].pattern[2]
     assert block.mixer.mixers[0].head_dim == 8 and block.mixer.output_multipliers == (1.0, 1.0)
-    assert state_size(MODEL, length=16).cached == 2 * 16 * (2 * 2 * 8 + 4 * 2 * 4) + 2 * (
-        4 * 2 * 2 * 8 + 16 * 12
-    )
+    # Attention; differential attention, with two keys of 4 dims a head; a window beside latents of 12 dims.
+    sizes = (2 * 16 * 2 * 8, 4 * 16 * 2 * 4, 2 * 4 * 2 * 8, 16 * 12)
+    assert state_size(MODEL, length=16).cached == sum(sizes)
     assert head_growth(MODEL, widths=(32, 64)) is HeadGrowth.NUMBER and query_dim(MODEL) == 8
     wide = at_width(MODEL, 64, growth=HeadGrowth.NUMBER).stack[0].pattern[2].mixer
     assert wide.mixers[0].num_heads == 8 and wide.mixers[1].latent_dim == 16
