@@ -130,7 +130,7 @@ def test_readers_on_a_mesh():
 
 
 def test_only_sources_have_caches_in_a_format():
-    phases = (QuantPhase(start_step=0, rules=(QuantRule(paths=".", cache=PRESETS["torchao_int8_token"]),)),)
+    phases = (QuantPhase(rules=(QuantRule(paths=".", cache=PRESETS["torchao_int8_token"]),)),)
     decoder = define_quantized(MODEL, phases).merge(random_params(), {})
     blocks = [block for stack in decoder.segments for block in stack.blocks]
     assert [block.mixer.cache_quantizer is not None for block in blocks] == [

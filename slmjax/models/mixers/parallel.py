@@ -48,7 +48,7 @@ class Combine(enum.Enum):
 class ParallelMixerConfig(MixerConfig):
     """Several mixers side by side."""
 
-    mixers: tuple[MixerConfig, ...]  # at least two
+    mixers: tuple[MixerConfig, ...]  # the mixers, at least two
     combine: Combine = Combine.SUM  # how their outputs are combined
     input_multipliers: tuple[float, ...] | None = None  # of each mixer's input (none: 1)
     output_multipliers: tuple[float, ...] | None = None  # of each mixer's output, after its norm (none: 1)

@@ -186,7 +186,7 @@ def test_weights_inputs_and_caches_of_parts_are_quantized():
         QuantRule(paths=".", weight=PRESETS["int8_row"], input=PRESETS["torchao_int8_token"]),
         QuantRule(paths="mixer/cache", cache=PRESETS["torchao_int8_token"]),
     )
-    phases = (QuantPhase(start_step=0, rules=rules),)
+    phases = (QuantPhase(rules=rules),)
     definition = define_quantized(MODEL, phases)
     _, params = random_model()
     transformed = definition.with_own_params(params)
