@@ -425,6 +425,8 @@ class Attention(CachingMixer, ContextMixer):
             )
         queries = self._heads(self.query(x), self.query_norm, positions, lengths)
         is_decoding = state is not None
+        # Keys and values of these tokens, or in decoding a cache with them.
+        visible: Any
         if self.config.reads_kv is not None:
             visible = context.shared[self.config.reads_kv]
         else:
