@@ -183,6 +183,7 @@ def test_wrong_numbers_are_refused() -> None:
         (lambda: fit_power_law([1.0], [[1.0]]), "at least two sizes"),
         (lambda: fit_power_law([1.0, 2.0], [[1.0], []]), "at least one finite loss"),
         (lambda: fit_power_law([1.0, 2.0], [[1.0], [1.2]]), "does not fall with compute"),
+        (lambda: fit_power_law([1.0, 2.0], [[1.1 + 0.2], [1.3]]), "does not fall with compute"),
         (lambda: fit_power_law([1.0, 2.0], [[1.2], [1.0]], asymptote=1.1), "asymptote is 1.1"),
         (lambda: effective_speedup(curve, compute=0.0, losses=[1.0]), "compute of the arm is 0"),
         (lambda: effective_speedup(curve, compute=1.0, losses=[]), "give at least one"),
