@@ -272,6 +272,10 @@ def test_points_have_letters_that_are_no_part_of_a_name() -> None:
     chart, _ = tradeoffs(sample_report(names))[0]
     assert (chart.labels[0], chart.labels[26]) == ("A: 1 layers", "AA: 27 layers")
     assert [row["letter"] for row in chart.spec["data"]["values"]][24:] == ["Y", "Z", "AA", "AB"]
+    # Letters of points that are close to each other stand at different sides.
+    close, _ = tradeoffs(sample_report(NAMES))[0]
+    sides = {row["letter"]: row["letter_at"] for row in close.spec["data"]["values"]}
+    assert sides == {"A": "right", "B": "right", "C": "right", "D": "left", "E": "right"}
 
 
 def test_curves_are_means_with_the_lowest_and_highest_run(tmp_path: Path) -> None:

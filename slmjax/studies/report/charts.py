@@ -24,6 +24,7 @@ WARM_UP = 0.25  # fraction of the steps that do not determine the axis of a lear
 EQUAL_COST = 0.02  # costs that differ by less are equal
 WIDE_RANGE = 4  # costs that differ by a larger factor have a logarithmic axis
 ROUNDING = 1e-9  # of logarithms of learning rates
+CLOSE = 0.06  # of a chart's width and height: letters of closer points would overlap
 FEW_ARMS = 12  # most arms that a chart of curves shows with bands
 
 
@@ -160,6 +161,8 @@ def _tradeoff(report: StudyReport, name: str) -> tuple[Chart, str] | None:
         low, high = interval or (choice.quality, choice.quality)
         row = {"series": labels[index], "letter": letters[index], "x": choice.cost, "y": choice.quality}
         rows.append({**row, "low": low, "high": high, "is_on_front": choice.name in on_front})
+    for row, side in zip(rows, _sides([(row["x"], row["y"]) for row in rows]), strict=True):
+        row["letter_at"] = side
     cost = COSTS[name]
     metric = in_words(report.metric)
     # A logarithmic axis of a narrow range has hardly a tick.
@@ -194,6 +197,20 @@ def _cost_noise(arms: Sequence[ArmReport], name: str) -> float:
     """Return the difference of a measured cost that may be chance: two standard errors of a difference."""
     errors = [dict(arm.cost_errors).get(name, 0.0) for arm in arms]
     return 2 * math.sqrt(2) * max(errors)
+
+
+def _sides(points: Sequence[tuple[float, float]]) -> list[str]:
+    """Return the side of each point at which its letter stands: the left, if a close point has the right."""
+    spans = [(max(values) - min(values)) or 1.0 for values in zip(*points, strict=True)]
+    sides: list[str] = []
+    for index, point in enumerate(points):
+        taken = [
+            sides[other]
+            for other in range(index)
+            if all(abs(point[i] - points[other][i]) < CLOSE * spans[i] for i in range(2))
+        ]
+        sides.append("left" if taken.count("right") > taken.count("left") else "right")
+    return sides
 
 
 def _letters(index: int) -> str:
@@ -235,10 +252,14 @@ def _tradeoff_marks(x: Spec, y: Spec, *, title: str, metric: str) -> list[Spec]:
             "transform": [off_front],
             "encoding": {"x": x, "y": mean, "tooltip": tooltip},
         },
-        {
-            "mark": {"type": "text", "align": "left", "dx": 7, "dy": -8, "fontSize": 11.5, "font": FONT},
-            "encoding": {"x": x, "y": mean, "text": {"field": "letter"}},
-        },
+        *(
+            {
+                "mark": {"type": "text", "align": align, "dx": dx, "dy": -8, "fontSize": 11.5, "font": FONT},
+                "transform": [{"filter": f"datum.letter_at == '{side}'"}],
+                "encoding": {"x": x, "y": mean, "text": {"field": "letter"}},
+            }
+            for side, align, dx in (("right", "left", 7), ("left", "right", -7))
+        ),
     ]
 
 
