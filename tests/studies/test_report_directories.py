@@ -31,6 +31,8 @@ from slmjax.telemetry.report.reading import read_run
 from tests.studies.stub import StubTrainer, study
 from tests.studies.stub import experiment as stub_experiment
 
+CHECKOUT = "git checkout c0ffee  # of slmjax"
+
 
 # Directories ------------------------------------------------------------------------------------------------
 @pytest.fixture
@@ -256,10 +258,10 @@ def test_commands_name_the_file_of_the_repository_or_the_copy(trained: Path, tmp
     program.touch()
     command = [str(program), "ablate", str(file), "--seeds=5", "--directory", str(trained)]
     runs = [dataclasses.replace(run, environment={"command": command})]
-    assert reproducing_commands(trained, runs, size="small") == ("git checkout c0ffee", "slmjax report moved")
+    assert reproducing_commands(trained, runs, size="small") == (CHECKOUT, "slmjax report moved")
     shutil.copy(file, trained / "study.py")
     assert reproducing_commands(trained, runs, size="large") == (
-        "git checkout c0ffee",
+        CHECKOUT,
         "slmjax ablate experiments/pace_study.py --budget large --seeds 5",
     )
     # The file has changed since: the copy is what was run.

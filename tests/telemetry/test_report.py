@@ -265,6 +265,34 @@ def test_text_that_a_tokenizer_loses_is_shown_with_bits_per_byte(
     assert "92.00%" in write_report(losing, with_images=False).read_text()
 
 
+def test_the_code_that_draws_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And bundled again if the file was changed."""
+    from slmjax.telemetry.report import charts
+
+    monkeypatch.setenv("SLMJAX_CACHE", str(tmp_path))
+    bundled: list[str] = []
+
+    class Package:
+        __version__ = "1"
+
+        @staticmethod
+        def javascript_bundle(snippet: str) -> str:
+            bundled.append(snippet)
+            return f"draw(é);\n{snippet}"
+
+    monkeypatch.setattr(charts, "converter", lambda: Package)
+    draw = charts.drawing_code.__wrapped__
+    assert draw("a") == draw("a") == "draw(é);\na" and bundled == ["a"]
+    assert draw("b") == "draw(é);\nb" and bundled == ["a", "b"]
+    for file in (tmp_path / "drawing").iterdir():
+        file.write_text(file.read_text() + "steal()")
+    assert draw("a") == "draw(é);\na" and bundled == ["a", "b", "a"]
+    # A cache that cannot be written to costs time alone.
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SLMJAX_CACHE", str(tmp_path / "file"))
+    assert draw("a") == "draw(é);\na"
+
+
 def test_without_the_extra(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,8 +129,10 @@ def gather(directory: str | Path, findings: Findings) -> StudyReport:
         notes=(*report.notes, *notes),
     )
     # Reports are sent around: they name no directories of this machine.
-    places = {directory.resolve(): "", Path.cwd(): "", Path.home(): "~/"}
+    here = directory.resolve()
+    places = {here: "", Path.cwd(): "", Path.home(): "~/"}
     hidden = {f"{path}/": instead for path, instead in places.items() if path != Path(path.anchor)}
+    hidden[str(here)] = here.name
     return printable(report, hidden=hidden)
 
 

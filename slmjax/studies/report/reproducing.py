@@ -29,7 +29,7 @@ def reproducing_commands(
     directory = Path(directory).resolve()
     root = directory.parent if (directory.parent / SEVERAL).is_file() else directory
     commits = [str((run.result or {}).get("commit") or "")[:12] for run in runs]
-    checkout = [f"git checkout {commit}" for commit in dict.fromkeys(commits) if commit][:1]
+    checkout = [f"git checkout {commit}  # of slmjax" for commit in dict.fromkeys(commits) if commit][:1]
     # Findings without a study file, such as those of results from elsewhere, are only shown again.
     if not (root / STUDY_FILE).is_file():
         return (*checkout, f"slmjax report {shlex.quote(directory.name)}")
