@@ -26,12 +26,17 @@ def member_notes(outcomes: Outcomes) -> list[str]:
     """Return notes on seeds that are left out: arms that lose their worst runs look better than they are."""
     metric = outcomes.question.metric
     notes = []
+    for arm in outcomes.question.arms:
+        missing = [seed for seed in outcomes.question.seeds if (arm, seed) not in outcomes.members]
+        # Of a study that has just begun most seeds have none.
+        if missing:
+            seeds = f"seed{'' if len(missing) == 1 else 's'} {', '.join(map(str, missing))}"
+            notes.append(f"{arm}, {seeds}: no result yet, and left out of its pairs.")
     for seed in outcomes.question.seeds:
         for arm in outcomes.question.arms:
-            member = outcomes.members.get((arm, seed))
-            if member is None:
-                notes.append(f"{arm}, seed {seed}: no result yet, and left out of its pairs.")
-            elif member.status == DIVERGED:
+            if (member := outcomes.members.get((arm, seed))) is None:
+                continue
+            if member.status == DIVERGED:
                 steps = f" after {member.result['step']} steps" if "step" in member.result else ""
                 # Of a member that builds on one that diverged.
                 reason = f" ({member.error})" if member.error else ""

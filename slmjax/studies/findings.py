@@ -46,6 +46,7 @@ from slmjax.studies.statistics.verdicts import Judged, Judgement, Noise, Verdict
 from slmjax.studies.study import DIVERGED, FINISHED, STOPPED, Member, Study, member_fingerprint
 
 FINDINGS = "findings.json"
+COULD_NOT_ANSWER = "This study could not have answered its question"  # begins the note on it
 MEMORY = "memory_bytes"  # metric of the most memory that a run used
 
 
@@ -425,7 +426,7 @@ def _power_notes(power: AchievedPower | None, comparisons: Sequence[Comparison],
         else f"About {power.seeds_needed:,} seeds would."
     )
     return [
-        f"This study could not have answered its question: with the noise there is, {power.seeds} seeds "
+        f"{COULD_NOT_ANSWER}: with the noise there is, {power.seeds} seeds "
         f"resolve a difference of {power.smallest_resolved:.2g} {metric} 4 times in 5, and the smallest "
         f"effect worth having is {power.smallest_effect:.2g}, which they find {100 * (power.power or 0):.0f} "
         f"times in 100. {needed}"

@@ -15,6 +15,8 @@ from slmjax.studies.report.data import (
     Curve,
     CurveChart,
     DivergedCurve,
+    LadderReport,
+    LadderRow,
     MatchReport,
     SettingReport,
     TextNoise,
@@ -187,6 +189,26 @@ def sample_report(
         "settings": tuple(
             SettingReport(path=path, values=tuple(f"{10 * (i + 1)}" for i in range(len(names))))
             for path in ("model.stack.0.repeats", "model.d_model", "optim.lr", "run.steps")
+        ),
+        "ladder": LadderReport(
+            name="width",
+            rows=tuple(
+                LadderRow(
+                    arm=name,
+                    against=names[0],
+                    size=size,
+                    flops=flops,
+                    verdict="worse",
+                    difference=0.02,
+                    error=0.003,
+                    interval=(0.014, 0.026),
+                    speedup="0.8 times",
+                )
+                for name in names[1:]
+                for size, flops in (("1M", 1e12), ("4M", 1.6e13))
+            ),
+            trends=(f"{names[-1]} − {names[0]}: The gap shrinks: −0.01 for ten times the FLOPs.",),
+            notes=("The baseline's loss falls as FLOPs to the power −0.2.",),
         ),
         "changes": ("2026-12-01: optim.lr of wide was 0.001 when the study was fixed, and is 0.002.",),
         "environment": (("commit", "c0ffee"), ("jax", "0.10.2"), ("devices", "1 x cpu")),

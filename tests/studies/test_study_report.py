@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slmjax.studies.findings import COULD_NOT_ANSWER, AchievedPower
 from slmjax.studies.report import (
     StudyReport,
     forest_picture,
@@ -32,6 +33,7 @@ from slmjax.studies.report.documents import latex, latex_text, markdown, members
 from slmjax.studies.report.page import study_page
 from slmjax.studies.report.pareto import Choice, front_text, is_resolved, pareto_front
 from slmjax.studies.report.sentences import answer_text, losers, short_summary, summary, verdict_text
+from slmjax.studies.report.tables import ladder_table
 from slmjax.studies.report.verdict_charts import (
     LONGEST_INTERVAL,
     PAIRS_ROW,
@@ -39,6 +41,10 @@ from slmjax.studies.report.verdict_charts import (
     forest_chart,
     pairs_chart,
 )
+from slmjax.studies.statistics.ladders import LadderArm, LadderFindings, SizeGap
+from slmjax.studies.statistics.results_table import Correction
+from slmjax.studies.statistics.speedup import Direction
+from slmjax.studies.statistics.verdicts import Verdict
 from slmjax.telemetry.report.charts import COLOURS, DARK_COLOURS
 from slmjax.telemetry.report.reading import read_run
 from tests.browser import holds, installed_browser, look_in_frame
@@ -49,6 +55,7 @@ from tests.written_run import write_run
 ALWAYS = ("Verdicts", "What lost", "Arms", "Paired differences", "Power and noise", "Statistics", "Notes")
 OF_RUNS = ("Learning curves", "Settings that differ", "Environment", "Reproduce", "Quality and cost")
 OF_PLANS = (
+    "Sizes",
     "Learning rates",
     "Quantities made equal",
     "Uncertainty of the held-out text",
@@ -332,7 +339,7 @@ def test_latex_text_by_hand() -> None:
 
 def test_markdown_rows_have_the_columns_of_their_head(report: StudyReport) -> None:
     blocks = [block for block in markdown(report).split("\n\n") if block.startswith("|")]
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     for block in blocks:
         counts = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
         assert len(counts) == 1, block
@@ -449,6 +456,79 @@ def test_a_study_that_could_not_have_answered_says_so() -> None:
     resolved = tuple(item for item in report.comparisons if item.verdict != "not resolved")
     assert answer_text(dataclasses.replace(report, comparisons=resolved)) == ""
     assert answer_text(dataclasses.replace(report, could_answer=True)) == ""
+
+
+def test_a_ladder_is_in_all_documents(report: StudyReport) -> None:
+    trend = "The gap shrinks: −0.01 for ten times the FLOPs."
+    for document in (study_page(report), markdown(report), log_entry(report).replace("\n", " ")):
+        assert trend in document
+    table = ladder_table(report)
+    assert table is not None and len(table.rows) == 8
+    assert table.rows[0][1:] == ("1M", "1e+12", "worse", "+0.0200", "[+0.0140, +0.0260]", "0.8 times")
+    assert ladder_table(dataclasses.replace(report, ladder=None)) is None
+
+
+def test_findings_are_all_in_the_report() -> None:
+    """Variances, reasons, the correction, the power at the smallest effect, the ladder, memory and FLOPs."""
+    findings = sample_findings(NAMES)
+    power = AchievedPower(
+        seeds=3,
+        smallest_resolved=0.02,
+        smallest_effect=0.005,
+        power=0.17,
+        seeds_needed=21,
+        could_answer=False,
+    )
+    gap = SizeGap(
+        size="1M",
+        verdict=Verdict.WORSE,
+        difference=0.02,
+        standard_error=0.001,
+        interval=(0.01, 0.03),
+        compute=1e12,
+        speedup=None,
+        interpolated=None,
+    )
+    arm = LadderArm(
+        arm="deep",
+        against="base",
+        gaps=(gap,),
+        trend=None,
+        adjusted_p=None,
+        direction=Direction.NOT_RESOLVED,
+        note="one size",
+    )
+    ladder = LadderFindings(
+        name="width", sizes=(), arms=(arm,), curve=None, confidence=0.95, notes=("A note.",)
+    )
+    last = dataclasses.replace(findings.comparisons[-1], reason="the difference is too small for the noise")
+    findings = dataclasses.replace(
+        findings,
+        arms=(dataclasses.replace(findings.arms[0], flops=3e12, peak_memory_bytes=2e9), *findings.arms[1:]),
+        comparisons=(*findings.comparisons[:-1], last),
+        rules=dataclasses.replace(findings.rules, smallest_effect=0.005),
+        smallest_resolved=0.02,
+        correction=Correction.CLOSED,
+        power=power,
+        ladder=ladder,
+        notes=(f"{COULD_NOT_ANSWER}: with ...", "Another note."),
+    )
+    text = markdown(report_of(findings))
+    for part in (
+        "p (closed test)",
+        "p of equality",
+        "which is resolved 17 times in 100, and 4 times in 5 with 21 seeds.",
+        "odd against base: not resolved, as the difference is too small for the noise; about 12 seeds",
+        "deep − base: No trend of the gap is known (one size).",
+        "- A note.",
+        "- Another note.",
+        "| 3e+12 | 2 GB |",
+        "| pooled |",
+    ):
+        assert part in text, part
+    assert text.count("could not have answered") == 1
+    # Findings of earlier versions lack the power.
+    assert report_of(dataclasses.replace(findings, power=None)).could_answer is False
 
 
 def test_what_is_not_resolved_says_why(report: StudyReport) -> None:

@@ -146,6 +146,31 @@ class TunedReport:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LadderRow:
+    """One comparison at one size of a ladder."""
+
+    arm: str
+    against: str
+    size: str
+    flops: float | None  # training FLOPs of a run of the arm
+    verdict: str
+    difference: float | None
+    error: float | None
+    interval: Interval | None
+    speedup: str = ""  # how much more compute the baseline needs, in words; empty if that is not known
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LadderReport:
+    """The same question at several sizes."""
+
+    name: str
+    rows: tuple[LadderRow, ...]
+    trends: tuple[str, ...]  # sentences on the trend of each comparison over the sizes
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Curve:
     """A learning curve of one arm: the mean over its finished runs, the lowest and the highest of them."""
 
@@ -220,6 +245,10 @@ class StudyReport:
     correction: str = added_field("Holm", before="Holm")  # of p values for the number of comparisons
     # whether the smallest difference worth having would be found 4 times in 5; None if that is not known
     could_answer: bool | None = added_field(None, before=None)
+    # probability that it is resolved with these seeds, and the seeds that resolve it 4 times in 5
+    smallest_effect_power: float | None = added_field(None, before=None)
+    smallest_effect_seeds: int | None = added_field(None, before=None)
+    ladder: LadderReport | None = added_field(None, before=None)
     version: int = VERSION  # of report.json
 
 

@@ -6,12 +6,13 @@ import io
 import re
 from collections.abc import Sequence
 
+from slmjax.studies.caveats import counted
 from slmjax.studies.report.data import StudyReport
 from slmjax.studies.report.page import noise_sentences
 from slmjax.studies.report.sentences import (
     answer_text,
     confidence_text,
-    counted,
+    ladder_sentences,
     losers,
     metric_words,
     progress_text,
@@ -42,6 +43,7 @@ def markdown(report: StudyReport) -> str:
         markdown_text(f"{report.study}: {progress_text(report)}; {metric_words(report)}; {report.date}."),
         markdown_tables([_markdown_table(item) for item in report_tables(report)], ()).rstrip(),
         _markdown_list("What lost", losers(report)),
+        _markdown_list("Sizes", ladder_sentences(report)),
         _markdown_list("Power and noise", noise_sentences(report)),
         _markdown_list("Changes since the study was fixed", report.changes),
         _markdown_list("Notes", _notes(report)),

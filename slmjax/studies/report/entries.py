@@ -8,12 +8,12 @@ import textwrap
 from pathlib import Path
 
 from slmjax.atomic_files import write_text
+from slmjax.studies.caveats import counted
 from slmjax.studies.report.data import StudyReport
 from slmjax.studies.report.documents import markdown_text
 from slmjax.studies.report.sentences import (
     answer_text,
     confidence_text,
-    counted,
     losers,
     metric_words,
     progress_text,

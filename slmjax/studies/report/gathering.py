@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slmjax.studies.findings import Comparison, Findings
+from slmjax.studies.findings import COULD_NOT_ANSWER, ArmSummary, Comparison, Findings
 from slmjax.studies.layout import budget_line
 from slmjax.studies.report.counting import read_costs
 from slmjax.studies.report.curves import curve_charts
@@ -22,6 +22,8 @@ from slmjax.studies.report.data import (
     ArmReport,
     ComparisonReport,
     Estimate,
+    LadderReport,
+    LadderRow,
     MemberReport,
     NoiseReport,
     SettingReport,
@@ -32,6 +34,7 @@ from slmjax.studies.report.data import (
 from slmjax.studies.report.planned import Planned, read_planned
 from slmjax.studies.report.records import directory_of_run, recorded_members
 from slmjax.studies.report.reproducing import reproducing_commands
+from slmjax.studies.statistics.ladders import LadderFindings, ladder_lines, speedup_text, trend_text
 from slmjax.studies.statistics.samples import Interval, PairedDifference, Summary
 from slmjax.studies.study import DIVERGED, FAILED, FINISHED, MEMBERS, STOPPED, Member
 from slmjax.telemetry.report.comparison import shown_differences
@@ -47,7 +50,8 @@ _PACKAGES = ("slmjax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 def report_of(findings: Findings, members: Sequence[Member] = ()) -> StudyReport:
     """Return the report of findings alone: without curves, settings and environment."""
-    costs = {arm.arm: _cost_values(arm.arm, members) for arm in findings.arms}
+    costs = {arm.arm: {**_found_costs(arm), **_cost_values(arm.arm, members)} for arm in findings.arms}
+    power = findings.power
     report = StudyReport(
         study=findings.study,
         question=findings.question,
@@ -86,14 +90,19 @@ def report_of(findings: Findings, members: Sequence[Member] = ()) -> StudyReport
             for item in findings.text
         ),
         changes=findings.changes,
-        notes=findings.notes,
-        could_answer=_could_answer(findings),
+        # The report says it first, and not among the notes again.
+        notes=tuple(note for note in findings.notes if not note.startswith(COULD_NOT_ANSWER)),
+        correction=findings.correction.value,
+        could_answer=_could_answer(findings) if power is None else power.could_answer,
+        smallest_effect_power=None if power is None else power.power,
+        smallest_effect_seeds=None if power is None else power.seeds_needed,
+        ladder=None if findings.ladder is None else _ladder_report(findings.ladder),
     )
     return printable(report)
 
 
 def _could_answer(findings: Findings) -> bool | None:
-    """Return whether the smallest effect worth having would be resolved; None if that is not known."""
+    """Return whether findings of earlier versions would have resolved the smallest effect worth having."""
     effect = findings.rules.smallest_effect
     resolved = findings.smallest_resolved
     return None if effect is None or resolved is None else resolved <= effect
@@ -195,6 +204,7 @@ def _comparison_report(findings: Findings, item: Comparison) -> ComparisonReport
         "arm": item.arm,
         "against": item.against,
         "verdict": item.verdict.value,
+        "reason": item.reason,
         "further_metrics": {name: _difference_estimate(each) for name, each in item.further_metrics.items()},
     }
     judgement = item.judgement
@@ -221,6 +231,28 @@ def _comparison_report(findings: Findings, item: Comparison) -> ComparisonReport
         adjusted_equal_p=judgement.adjusted_equal_p,
         seeds_needed=judgement.seeds_needed,
     )
+
+
+def _ladder_report(ladder: LadderFindings) -> LadderReport:
+    rows = [
+        LadderRow(
+            arm=arm.arm,
+            against=arm.against,
+            size=gap.size,
+            flops=gap.compute,
+            verdict=gap.verdict.value,
+            difference=gap.difference,
+            error=gap.standard_error,
+            interval=gap.interval,
+            speedup=speedup_text(gap),
+        )
+        for arm in ladder.arms
+        for gap in arm.gaps
+    ]
+    # Without arms, only the sentences on the baseline are left after the first one.
+    _, *notes = ladder_lines(dataclasses.replace(ladder, arms=()))
+    trends = [f"{arm.arm} − {arm.against}: {trend_text(arm)}" for arm in ladder.arms]
+    return LadderReport(name=ladder.name, rows=tuple(rows), trends=tuple(trends), notes=tuple(notes))
 
 
 def _look_text(findings: Findings) -> str:
@@ -266,6 +298,12 @@ def _member_reports(findings: Findings, members: Sequence[Member]) -> tuple[Memb
         for seed, value in zip(findings.seeds, arm.values, strict=True)
         if value is not None or seed in arm.diverged
     )
+
+
+def _found_costs(arm: ArmSummary) -> dict[str, list[float]]:
+    """Return the costs that findings have of an arm, also where its members are not at hand."""
+    costs = {"flops": arm.flops, "memory_bytes": arm.peak_memory_bytes}
+    return {name: [value] for name, value in costs.items() if value is not None}
 
 
 def _cost_values(arm: str, members: Sequence[Member]) -> dict[str, list[float]]:

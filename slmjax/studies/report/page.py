@@ -3,12 +3,13 @@
 import html
 from collections.abc import Sequence
 
+from slmjax.studies.caveats import counted
 from slmjax.studies.report.charts import curves_chart, tradeoffs, tuned_rates
-from slmjax.studies.report.data import StudyReport
+from slmjax.studies.report.data import ComparisonReport, StudyReport
 from slmjax.studies.report.sentences import (
     answer_text,
-    counted,
     freedom_text,
+    ladder_sentences,
     losers,
     metric_words,
     progress_text,
@@ -18,6 +19,7 @@ from slmjax.studies.report.tables import (
     arms_table,
     costs_table,
     further_table,
+    ladder_table,
     matching_table,
     noise_table,
     sensitivity_note,
@@ -75,6 +77,7 @@ def study_page(report: StudyReport) -> str:
     page.section("What lost", _list(losers(report)))
     tables = (arms_table(report), costs_table(report), further_table(report))
     page.section("Arms", *map(_table, tables), _paragraphs([time_note(report)], kind="about"))
+    page.section("Sizes", _table(ladder_table(report)), _list(ladder_sentences(report)))
     fronts = tradeoffs(report)
     page.section(
         "Quality and cost",
@@ -147,14 +150,27 @@ def noise_sentences(report: StudyReport) -> list[str]:
             f"{noise.smallest_resolved:.3g} is found 4 times in 5."
         )
     if report.smallest_effect is not None:
-        sentences.append(f"The smallest difference worth having was set to {report.smallest_effect:g}.")
-    sentences += [
-        f"{item.arm} against {item.against}: about {item.seeds_needed:,} seeds would resolve the difference, "
-        "if it stays as it is."
-        for item in report.comparisons
-        if item.seeds_needed is not None
-    ]
+        sentences.append(_effect_sentence(report))
+    sentences += [text for item in report.comparisons if (text := _open_sentence(item))]
     return [*sentences, *(noise.notes if noise is not None else ())]
+
+
+def _effect_sentence(report: StudyReport) -> str:
+    text = f"The smallest difference worth having was set to {report.smallest_effect:g}"
+    if report.smallest_effect_power is not None:
+        text += f", which is resolved {100 * report.smallest_effect_power:.0f} times in 100"
+        if report.smallest_effect_seeds is not None:
+            text += f", and 4 times in 5 with {counted(report.smallest_effect_seeds, 'seed')}"
+    return f"{text}."
+
+
+def _open_sentence(item: ComparisonReport) -> str:
+    """Return why a comparison is not resolved, and what would resolve it; empty if it is."""
+    parts = [f"not resolved, as {item.reason}"] if item.reason else []
+    if item.seeds_needed is not None:
+        seeds = counted(item.seeds_needed, "seed")
+        parts.append(f"about {seeds} would resolve the difference, if it stays as it is")
+    return f"{item.arm} against {item.against}: {'; '.join(parts)}." if parts else ""
 
 
 def _settings(report: StudyReport) -> str:

@@ -156,6 +156,11 @@ def losers(report: StudyReport) -> list[str]:
     return sentences
 
 
+def ladder_sentences(report: StudyReport) -> tuple[str, ...]:
+    """Return the trends over the sizes of a ladder, and notes on them; empty without one."""
+    return () if report.ladder is None else (*report.ladder.trends, *report.ladder.notes)
+
+
 # Numbers ----------------------------------------------------------------------------------------------------
 def comparison_decimals(comparison: ComparisonReport) -> int:
     """Return the decimals of a comparison's numbers: no more than its noise allows."""
@@ -207,11 +212,6 @@ def signed_estimate(item: Estimate | None) -> str:
     decimals = num_decimals(item.error, item.mean)
     interval = "" if item.interval is None or not item.error else f" {interval_text(item.interval, decimals)}"
     return f"{signed(item.mean, decimals)}{interval}"
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun: "1 comparison", "2 comparisons"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def freedom_text(degrees: float) -> str:

@@ -20,7 +20,15 @@ from slmjax.studies.report.sentences import (
     signed_estimate,
     verdict_text,
 )
-from slmjax.studies.text_tables import ABSENT, TextTable, in_words, interval_text, listed, num_decimals
+from slmjax.studies.text_tables import (
+    ABSENT,
+    TextTable,
+    in_words,
+    interval_text,
+    listed,
+    num_decimals,
+    signed,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,7 @@ COSTS = {
 
 def verdicts_table(report: StudyReport) -> TextTable:
     """Return a row for each comparison, with its verdict."""
+    has_margin = report.equal_within is not None
     rows = tuple(
         (
             comparison_name(report, item),
@@ -57,6 +66,7 @@ def verdicts_table(report: StudyReport) -> TextTable:
             difference_text(item),
             interval_of(item),
             p_text(item.adjusted_p),
+            *([p_text(item.adjusted_equal_p)] if has_margin else []),
             _seeds_text(item),
         )
         for item in report.comparisons
@@ -67,6 +77,7 @@ def verdicts_table(report: StudyReport) -> TextTable:
         f"difference to {report.baseline}",
         f"{confidence_text(report)} interval",
         f"p ({report.correction})",
+        *(["p of equality"] if has_margin else []),
         "seeds",
     )
     return TextTable(title=f"Verdicts: {metric_words(report)}", head=head, rows=rows)
@@ -237,6 +248,37 @@ def statistics_table(report: StudyReport) -> TextTable:
     return TextTable(title="Statistics of the comparisons", head=head, rows=tuple(rows))
 
 
+def ladder_table(report: StudyReport) -> TextTable | None:
+    """Return a row for each comparison at each size of a ladder; None without one."""
+    if report.ladder is None or not report.ladder.rows:
+        return None
+    rows = []
+    for item in report.ladder.rows:
+        decimals = num_decimals(item.error, item.difference or 0.0)
+        has_interval = item.interval is not None and item.error
+        rows.append(
+            (
+                item.arm if item.against == report.baseline else f"{item.arm} − {item.against}",
+                item.size,
+                ABSENT if item.flops is None else f"{item.flops:.4g}",
+                item.verdict,
+                ABSENT if item.difference is None else signed(item.difference, decimals),
+                interval_text(item.interval, decimals) if item.interval and has_interval else ABSENT,
+                item.speedup or ABSENT,
+            )
+        )
+    head = (
+        "arm",
+        "size",
+        "training FLOPs",
+        "verdict",
+        f"difference to {report.baseline}",
+        f"{confidence_text(report)} interval",
+        f"compute that {report.baseline} needs to match",
+    )
+    return TextTable(title=f"Sizes of the ladder {report.ladder.name}", head=head, rows=tuple(rows))
+
+
 def noise_table(report: StudyReport) -> TextTable | None:
     """Return the standard deviation between seeds of each arm; None where it is not known."""
     noise = report.noise
@@ -344,6 +386,7 @@ def report_tables(report: StudyReport) -> list[TextTable]:
         arms_table(report) if report.arms else None,
         costs_table(report),
         further_table(report),
+        ladder_table(report),
         noise_table(report),
         text_table(report),
         matching_table(report),
