@@ -78,9 +78,9 @@ def _verdict(report: StudyReport) -> str:
         if noise is not None and noise.smallest_resolved is not None and not answer_text(report)
         else ""
     )
-    return " ".join(
-        text for text in (f"Verdict: {summary(report)}", answer_text(report), seen, *lost) if text
-    )
+    trends = () if report.ladder is None else report.ladder.trends
+    texts = (f"Verdict: {summary(report)}", answer_text(report), seen, *trends, *lost)
+    return " ".join(text for text in texts if text)
 
 
 def _notes(report: StudyReport) -> list[str]:
