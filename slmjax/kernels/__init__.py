@@ -14,6 +14,7 @@ Files in reading order:
 - causal_convolution.py: causal depthwise convolution and token shift
 - recurrence_chunks.py: the arithmetic of a chunk of a linear recurrence
 - linear_recurrence.py: linear recurrences with decay, delta rule or a rank-one term
+- scans.py: recurrences of independent channels: selective scan, RG-LRU, RWKV-4
 """
 
 from slmjax.kernels.attention import attention_mask, choose_attention, reference_attention, self_attention
@@ -35,11 +36,21 @@ from slmjax.kernels.linear_recurrence import (
 )
 from slmjax.kernels.products import materialised, matmul, outer_sum, unrolled_repeats
 from slmjax.kernels.rounding import can_round_groups, round_groups
+from slmjax.kernels.scans import (
+    ScanState,
+    rg_lru,
+    rg_lru_state,
+    selective_scan,
+    selective_scan_state,
+    wkv4,
+    wkv4_state,
+)
 
 __all__ = [
     "CHUNK_SIZE",
     "ConvolutionHistory",
     "RecurrentState",
+    "ScanState",
     "attention_mask",
     "can_round_groups",
     "choose_attention",
@@ -56,7 +67,13 @@ __all__ = [
     "recurrence_flops",
     "reference_attention",
     "reference_recurrence",
+    "rg_lru",
+    "rg_lru_state",
     "round_groups",
+    "wkv4",
+    "wkv4_state",
+    "selective_scan",
+    "selective_scan_state",
     "self_attention",
     "token_shift",
     "unrolled_repeats",
