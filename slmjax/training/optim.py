@@ -137,6 +137,9 @@ class OptimConfig:
 
 
 # Schedules --------------------------------------------------------------------------------------------------
+# Numbers of each channel, for each tap of a convolution or state of a recurrence: no map between two spaces.
+# Like vectors they are neither orthogonalised nor decayed.
+PER_CHANNEL = re.compile(r"(taps|log_rates)$")
 SHORTENED_WARMUP = 0.1  # of the steps of a run that is too short for the warm-up of its settings
 
 
@@ -232,7 +235,12 @@ def parameter_groups(
 ) -> dict[str, Group]:
     """Return the optimizer and weight decay of every parameter; `params` need only have `.ndim`."""
     return {
-        path: _group(config, path, leaf.ndim - _num_stacked_dims(path), scaling)
+        path: _group(
+            config,
+            path,
+            1 if PER_CHANNEL.search(path) else leaf.ndim - _num_stacked_dims(path),
+            scaling,
+        )
         for path, leaf in params.items()
     }
 

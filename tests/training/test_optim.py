@@ -230,6 +230,18 @@ def test_groups():
     assert without_rule[f"{block}/mixer_norm/scale"].weight_decay == 0.0  # a stack of vectors stays a vector
 
 
+def test_numbers_of_channels_are_no_matrices():
+    """Taps of a convolution and rates of a recurrence: Muon leaves them, and nothing decays them."""
+    mixer = "segments/0/blocks/0/mixer"
+    params = {
+        f"{mixer}/{name}": jax.ShapeDtypeStruct((3, 4, 8), jnp.float32)
+        for name in ("conv_taps", "log_rates", "inner/weight")
+    }
+    groups = parameter_groups(OptimConfig(kind=Optimizer.MUON, weight_decay=0.2), params)
+    assert groups.pop(f"{mixer}/inner/weight") == Group(optimizer=Optimizer.MUON, weight_decay=0.2)
+    assert set(groups.values()) == {Group(optimizer=Optimizer.ADAMW, weight_decay=0.0)}
+
+
 @pytest.mark.parametrize("kind", Optimizer, ids=lambda kind: kind.value)
 def test_weight_decay_shrinks_the_decayed_parameters_alone(kind):
     # Without a gradient, decoupled decay is all that moves a parameter: by its learning rate times the decay.
