@@ -16,6 +16,7 @@ def eval_command(argv: Sequence[str]) -> int:
     """Measure loss, bits per byte, benchmark accuracy or efficiency.
 
     slmjax eval RUN_DIR [--data.path FILE] [--multiple-choice FILE]
+    slmjax eval RUN_DIR [--tasks recall,copy,parity,s3] [--task-lengths 8 32]
     slmjax eval RUN_DIR [--lm-eval TASK] [--efficiency]
     """
     from slmjax.checkpoints import loading
@@ -77,6 +78,12 @@ def _eval_arguments(run_data: Any) -> type:
         score: ScoredText | None = None
         # files of questions (JSONL, JSON, CSV, Parquet) with the fields prompt, choices and answer
         multiple_choice: tuple[str, ...] = ()
+        # synthetic tasks, for a model that is trained on them: recall, copy, parity, s3
+        tasks: tuple[str, ...] = ()
+        # lengths of their examples (none: those of 4, 8, ..., 128 that fit the context)
+        task_lengths: tuple[int, ...] | None = None
+        # examples of each synthetic task and length
+        task_examples: int = 200
         # tasks of lm-eval (needs the eval extra)
         lm_eval: tuple[str, ...] = ()
         # directory with your own lm-eval tasks
@@ -108,7 +115,7 @@ def _evaluations(loaded: Any, args: Any, data: Any) -> dict[str, Any]:
     """Run the requested evaluations and return their results by name."""
     from slmjax import evaluation
 
-    others = args.multiple_choice or args.lm_eval or args.efficiency or args.energy
+    others = args.multiple_choice or args.tasks or args.lm_eval or args.efficiency or args.energy
     results: dict[str, Any] = {}
     if args.text or args.teacher or args.unrounded or data is not None or not others:
         results["text"] = dataclasses.asdict(_evaluate_text(loaded, args, data))
@@ -120,6 +127,15 @@ def _evaluations(loaded: Any, args: Any, data: Any) -> dict[str, Any]:
             for path in args.multiple_choice
         )
         results["multiple_choice"] = [dataclasses.asdict(accuracy) for accuracy in accuracies]
+    if args.tasks:
+        accuracies = evaluation.evaluate_tasks(
+            loaded,
+            _synthetic_tasks(args.tasks),
+            lengths=args.task_lengths,
+            num_examples=args.task_examples,
+            batch_size=args.batch_size,
+        )
+        results["tasks"] = [dataclasses.asdict(accuracy) for accuracy in accuracies]
     if args.lm_eval:
         results["lm_eval"] = _lm_eval(loaded, args)
     if args.efficiency or args.energy:
@@ -150,6 +166,20 @@ def _evaluate_text(loaded: Any, args: Any, data: Any) -> Any:
     )
 
 
+def _synthetic_tasks(names: Sequence[str]) -> list[Any]:
+    """Return tasks by their names, which may also be joined by commas."""
+    from slmjax.config import near_names
+    from slmjax.data.synthetic_tasks import SyntheticTask
+
+    known = {task.value: task for task in SyntheticTask}
+    split = [name.strip() for part in names for name in part.split(",") if name.strip()]
+    if unknown := [name for name in split if name not in known]:
+        raise ValueError(
+            f"--tasks {unknown[0]!r}: the tasks are {', '.join(known)}.{near_names(unknown[0], known)}"
+        )
+    return [known[name] for name in dict.fromkeys(split)]
+
+
 def _lm_eval(loaded: Any, args: Any) -> dict[str, Any]:
     try:
         from slmjax.evaluation.lm_eval_adapter import run_tasks
@@ -175,7 +205,7 @@ def _print_results(results: Mapping[str, Any]) -> None:
     from slmjax.telemetry.columns import print_columns
 
     step = f", step {results['step']:,}" if results["step"] else ""  # none for an imported model
-    kinds = (_text_rows, _choice_rows, _lm_eval_rows, _efficiency_rows)
+    kinds = (_text_rows, _choice_rows, _task_rows, _lm_eval_rows, _efficiency_rows)
     rows = [row for rows_of in kinds for row in rows_of(results)]
     print(f"{results['run_dir']}{step}")
     print_columns(("metric", "value", ""), rows, right=(1,))
@@ -227,6 +257,18 @@ def _choice_rows(results: Mapping[str, Any]) -> Iterator[Row]:
             "  per byte",
             f"{result['accuracy_per_byte']:.3f}",
             f"± {result['accuracy_per_byte_stderr']:.3f}",
+        )
+
+
+def _task_rows(results: Mapping[str, Any]) -> Iterator[Row]:
+    for result in results.get("tasks", ()):
+        trained = result["trained_length"]
+        scope = "not trained on it" if trained is None else f"trained up to {trained}"
+        yield (
+            f"{result['task']}, length {result['length']}: accuracy",
+            f"{result['accuracy']:.3f}",
+            f"± {result['accuracy_stderr']:.3f}, chance {result['chance']:.3f}, "
+            f"{result['bits_per_symbol']:.3f} bits per symbol, {scope}",
         )
 
 

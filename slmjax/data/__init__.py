@@ -6,6 +6,7 @@ Files in reading order:
 - documents.py: a document, and the policy for bad ones
 - files.py, records.py: the kind of a local file, and its records
 - sources.py, dataset_sources.py, stdlib_corpus.py: sources of text
+- synthetic_tasks.py: recall, copying, parity and S3, as a source and for evaluation
 - scored.py: the tokens of a document that are scored
 - spans.py: tokens with the bytes that they stand for
 - conventions.py: BOS, end tokens and chat template of a model

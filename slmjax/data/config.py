@@ -11,6 +11,7 @@ from slmjax.data.documents import HeldOutBy, OnBadDocument
 from slmjax.data.marks import SpecialNames
 from slmjax.data.sources import SourceConfig, TextSource
 from slmjax.data.stdlib_corpus import StdlibSource
+from slmjax.data.synthetic_tasks import SyntheticSource, SyntheticTask
 from slmjax.startup import cache_directory
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "SpecialNames",
     "Split",
     "StdlibSource",
+    "SyntheticSource",
+    "SyntheticTask",
     "TextSource",
     "TfdsSource",
     "WeightedSource",

@@ -7,6 +7,7 @@ Files in reading order:
 - compressors.py: gzip and xz on the same text
 - likelihood.py: log-likelihood of continuations
 - multiple_choice.py: multiple choice by likelihood
+- synthetic_accuracy.py: accuracy on synthetic tasks, by length
 - lm_eval_adapter.py: lm-eval on a slmjax model
 - efficiency.py: sizes, FLOPs, times, memory and energy
 """
@@ -16,6 +17,7 @@ from slmjax.evaluation.document_sums import DocumentSums, read_document_sums, wr
 from slmjax.evaluation.efficiency import Efficiency, measure_efficiency
 from slmjax.evaluation.likelihood import Likelihood, log_likelihoods, pair_tokens
 from slmjax.evaluation.multiple_choice import MultipleChoiceResult, answer_questions
+from slmjax.evaluation.synthetic_accuracy import TaskResult, evaluate_tasks
 
 __all__ = [
     "DocumentSums",
@@ -23,8 +25,10 @@ __all__ = [
     "EvalResult",
     "Likelihood",
     "MultipleChoiceResult",
+    "TaskResult",
     "answer_questions",
     "evaluate",
+    "evaluate_tasks",
     "log_likelihoods",
     "measure_efficiency",
     "pair_tokens",

@@ -33,6 +33,7 @@ from slmjax.data.scored import ScoredText
 from slmjax.data.sources import SourceConfig, TextSource
 from slmjax.data.splitting import is_held_out
 from slmjax.data.stdlib_corpus import StdlibSource
+from slmjax.data.synthetic_tasks import SyntheticSource, SyntheticTask
 from slmjax.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer, TokenizerConfig
 from slmjax.distill.config import DistillConfig, Ramp, RampShape, ShortContext, TeacherConfig
 from slmjax.formats.presets import preset
@@ -148,6 +149,8 @@ __all__ = [
     "Split",
     "Statistic",
     "StdlibSource",
+    "SyntheticSource",
+    "SyntheticTask",
     "StochasticRounding",
     "StraightThrough",
     "Taid",
