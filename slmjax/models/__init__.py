@@ -37,13 +37,18 @@ from slmjax.models.architecture import (
     Remat,
     stack_of,
 )
+from slmjax.models.ffn.channel_mix import ChannelMixConfig
 from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig, RouterScore
 from slmjax.models.layers import Linear, ModelDims, NormKind, truncated_normal
 from slmjax.models.mixers.attention import AttentionConfig, Biases, OutputGate, QkNorm
 from slmjax.models.mixers.differential import DifferentialAttentionConfig
+from slmjax.models.mixers.griffin import RgLruConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.mixers.mamba import MambaConfig
 from slmjax.models.mixers.parallel import Combine, ParallelMixerConfig
+from slmjax.models.mixers.rwkv4 import Rwkv4Config
+from slmjax.models.mixers.short_convolution import ShortConvolutionConfig
 from slmjax.models.padding import fill_padding, last_real
 from slmjax.models.parameterization import Parameterization
 from slmjax.models.protocols import (
@@ -79,6 +84,7 @@ __all__ = [
     "Biases",
     "BlockConfig",
     "CachingMixer",
+    "ChannelMixConfig",
     "Combine",
     "CompositeMixer",
     "ContextMixer",
@@ -93,6 +99,7 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LongScaling",
+    "MambaConfig",
     "Mixer",
     "MixerConfig",
     "MixerContext",
@@ -109,8 +116,11 @@ __all__ = [
     "Precision",
     "QkNorm",
     "Remat",
+    "RgLruConfig",
     "RopeScaling",
     "RouterScore",
+    "Rwkv4Config",
+    "ShortConvolutionConfig",
     "StateSize",
     "StatefulFfn",
     "Visibility",

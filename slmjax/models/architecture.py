@@ -15,13 +15,18 @@ from typing import Any
 import jax.numpy as jnp
 
 from slmjax.config import added_field, renamed_field, renamed_values
+from slmjax.models.ffn.channel_mix import ChannelMixConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.layers import ModelDims, NormKind
 from slmjax.models.mixers.attention import AttentionConfig, with_rope_fraction, with_rotary_dim
 from slmjax.models.mixers.differential import DifferentialAttentionConfig
+from slmjax.models.mixers.griffin import RgLruConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.mixers.mamba import MambaConfig
 from slmjax.models.mixers.parallel import ParallelMixerConfig
+from slmjax.models.mixers.rwkv4 import Rwkv4Config
+from slmjax.models.mixers.short_convolution import ShortConvolutionConfig
 from slmjax.models.parameterization import UNSCALED, Parameterization, Scaling
 from slmjax.models.protocols import FfnConfig, MixerConfig, innermost
 
@@ -35,9 +40,14 @@ PARTS: tuple[type, ...] = (
     AttentionConfig,
     DifferentialAttentionConfig,
     LatentAttentionConfig,
+    MambaConfig,
+    RgLruConfig,
+    Rwkv4Config,
+    ShortConvolutionConfig,
+    ParallelMixerConfig,
     MlpConfig,
     MoeConfig,
-    ParallelMixerConfig,
+    ChannelMixConfig,
 )
 
 
