@@ -70,11 +70,11 @@ __all__ = [
     "rg_lru",
     "rg_lru_state",
     "round_groups",
-    "wkv4",
-    "wkv4_state",
     "selective_scan",
     "selective_scan_state",
     "self_attention",
     "token_shift",
     "unrolled_repeats",
+    "wkv4",
+    "wkv4_state",
 ]
