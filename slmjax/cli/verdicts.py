@@ -11,7 +11,7 @@ from slmjax.cli.options import parse, positional, print_json
 def verdict_command(argv: Sequence[str]) -> int:
     """Judge which arm is better, from files or run directories.
 
-    slmjax verdict RESULTS ... --arm COLUMN --seed COLUMN --metric COLUMN --baseline NAME
+    slmjax verdict RESULTS ... --arm COLUMN --metric COLUMN --baseline NAME
     slmjax verdict --campaign DIR
 
     Columns that are not named are guessed where only one can be meant. A run has diverged if its metric is
@@ -23,7 +23,8 @@ def verdict_command(argv: Sequence[str]) -> int:
     class Arguments:
         # files (.csv, .tsv, .jsonl, .json; W&B exports) or directories (of a run, several runs, a study)
         results: Annotated[tuple[str, ...], *positional("RESULTS ...")] = ()
-        # column that says which arm a run belongs to; of run directories a setting, such as optim.lr
+        # column that says which arm a run belongs to; of run directories and studies also a setting, such as
+        # optim.lr
         arm: str | None = None
         # column of the seed: runs of two arms with the same one are a pair
         seed: str | None = None
@@ -92,7 +93,7 @@ def _campaign(args: Any) -> int:
 
 
 def _verdict(args: Any) -> int:
-    from slmjax.studies import findings_json, print_findings, write_findings
+    from slmjax.studies import Budget, findings_json, print_findings, write_findings
     from slmjax.studies.findings import analyze_members
     from slmjax.studies.foreign_results import choose_columns, read_columns, with_names
     from slmjax.studies.report import report_of, write_report_files
@@ -107,6 +108,7 @@ def _verdict(args: Any) -> int:
         smallest_effect=args.smallest_effect,
         looks=args.looks,
     )
+    _ = Budget(tolerance=args.tolerance)
     table = read_results(args.results)
     if args.name_pattern is not None:
         table = with_names(table, args.name_pattern)

@@ -31,8 +31,8 @@ Files in reading order:
 - planned.py: experiments before the runs that they build on.
 - matching.py: arms made equal to the baseline, in parameters, FLOPs and others.
 - questions.py: what is asked of results, and their table; caveats.py: notes on what does not compare.
-- results_files.py: rows of files and directories; foreign_results.py: their columns as a question.
 - combinators.py: grids, pairs and ladders; study_directory.py: study files, and what is fixed beforehand.
+- results_files.py: rows of files and directories; foreign_results.py: their columns as a question.
 - heldout_text.py: uncertainty of the held-out text, compared with that of seeds.
 - findings.py: comparisons and verdicts; layout.py shows them; text_tables.py aligns their tables.
 - noise.py: the ledger of noise of all studies.

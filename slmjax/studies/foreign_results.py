@@ -4,7 +4,8 @@
     results = read_columns(table, columns, baseline="0.001", rules=Rules())
     findings = analyze_members(results.question, results.members)
 
-A run is a row, or several rows of which the one with the largest step counts. Its outcome:
+A run is a row, or several rows of which the one with the largest step counts. Arms that are equal numbers,
+such as 0.001 and 1e-3, are one. The outcome of a run:
 
 | cells | outcome |
 |---|---|
@@ -16,6 +17,7 @@ A run is a row, or several rows of which the one with the largest step counts. I
 """
 
 import dataclasses
+import decimal
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,7 +53,8 @@ _BOOKKEEPING = (
 _STATUSES = {
     FINISHED: "finished completed complete success succeeded ok done",
     DIVERGED: "diverged divergence nan",
-    FAILED: "failed failure crashed killed error preempted interrupted stopped timeout cancelled canceled",
+    FAILED: "failed failure crashed killed error preempted interrupted stopped timeout cancelled canceled "
+    "stopped_early not_saved",
     "running": "running pending queued starting",
 }
 _STATUS_OF = {name: status for status, names in _STATUSES.items() for name in names.split()}
@@ -128,7 +131,8 @@ def choose_columns(
 ) -> Columns:
     """Return the columns by their full names; those that are None are guessed where only one can be meant.
 
-    A name may be the last part of a column's: `optim.lr` for `config.optim.lr`.
+    A name may be the last part of a column's, `optim.lr` for `config.optim.lr`, or have `*` for the numbers
+    of layers where all layers have one value: `model.stack.*.pattern.*.mixer.num_heads`.
 
     Raises:
       ValueError: there is no such column, several may be meant, or one that is needed cannot be guessed.
@@ -165,6 +169,8 @@ def resolve(name: str, table: ResultsTable, *, role: str) -> str:
     """
     columns = table.columns
     lower = name.lower().replace("-", "_")
+    if "*" in name and (matches := _layers(lower, table)):
+        return matches[0]
     tests = (
         lambda column: column == name,
         lambda column: column.lower().replace("-", "_") == lower,
@@ -187,14 +193,37 @@ def resolve(name: str, table: ResultsTable, *, role: str) -> str:
     )
 
 
+def _layers(pattern: str, table: ResultsTable) -> list[str]:
+    """Return the columns of a path with `*` in it, which every run has one value of.
+
+    Raises:
+      ValueError: a run has several.
+    """
+    parts = (r"[^.]+" if part == "*" else re.escape(part) for part in pattern.split("."))
+    compiled = re.compile(r"\.".join(parts))
+    columns = [column for column in table.columns if compiled.fullmatch(column.lower())]
+    for row in table.rows:
+        values = {column: row.cells[column] for column in columns if column in row.cells}
+        if len(set(map(str, values.values()))) > 1:
+            raise ValueError(
+                f"{row.name} has several values of {pattern}: "
+                f"{_listed([f'{column} = {value}' for column, value in values.items()])}. Name one of these"
+            )
+    return columns
+
+
 def _listed(names: Sequence[str]) -> str:
     shown = list(names[:20])
     return ", ".join(shown) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def _guess(columns: Iterable[str], names: Sequence[str]) -> str | None:
-    matches = [column for column in columns if column.lower() in names]
-    return matches[0] if len(matches) == 1 else None
+    """Return the column that has the first of these names that any column has; None if several have it."""
+    columns = list(columns)
+    for name in names:
+        if matches := [column for column in columns if column.lower() == name]:
+            return matches[0] if len(matches) == 1 else None
+    return None
 
 
 def _has_statuses(table: ResultsTable, column: str) -> bool:
@@ -267,9 +296,17 @@ def read_columns(
         baseline.
     """
     runs: dict[tuple[str, int], list[Row]] = {}
+    # By number, the name that an arm has first.
+    names: dict[decimal.Decimal, str] = {}
     for row in table.rows:
-        runs.setdefault((_arm(row, columns), _seed(row, columns)), []).append(row)
-    members = tuple(_member(_last(rows, columns), columns, *key) for key, rows in runs.items())
+        arm = _arm(row, columns)
+        if (value := _exact(arm)) is not None:
+            arm = names.setdefault(value, arm)
+        runs.setdefault((arm, _seed(row, columns)), []).append(row)
+    name = _guess(table.columns, _NAME)
+    members = tuple(
+        _member(_last(rows, columns, table, name=name), columns, *key) for key, rows in runs.items()
+    )
     arms = [*dict.fromkeys(member.arm for member in members)]
     if len(arms) < 2:
         raise ValueError(
@@ -315,21 +352,60 @@ def _seed(row: Row, columns: Columns) -> int:
         return int(value)
 
 
-def _last(rows: Sequence[Row], columns: Columns) -> Row:
-    """Return the row that has the final value of a run."""
+def _exact(arm: str) -> decimal.Decimal | None:
+    """Return the name of an arm as a number, without rounding; None if it is none."""
+    try:
+        value = decimal.Decimal(arm)
+    except decimal.InvalidOperation:
+        return None
+    return value if value.is_finite() else None
+
+
+def _last(rows: Sequence[Row], columns: Columns, table: ResultsTable, *, name: str | None) -> Row:
+    """Return the row that has the final value of a run; `name` is the column of the names of runs."""
     if len(rows) == 1:
         return rows[0]
-    # Rows of one step alone are no history of a run, but several runs.
-    if columns.step is None or len({_step(row, columns.step) for row in rows}) == 1:
-        arm, seed = (rows[0].cells[name] for name in (columns.arm, columns.seed))
+    first, second = _two_runs(rows, columns, name=name)
+    if second is not None:
         raise ValueError(
-            f"{rows[0].name} and {rows[1].name} are both of arm {arm}, seed {seed}: remove one, or, if they "
-            "are steps of one run, name the column of steps with --step"
+            f"{first.name} and {second.name} are both of arm {first.cells[columns.arm]}, seed "
+            f"{first.cells[columns.seed]}: {_way_out(first, second, columns, table)}"
         )
     # Many steps of a history have no evaluation.
     measured = [row for row in rows if number(row.cells.get(columns.metric)) is not None] or list(rows)
     # Of a step that was trained again after a stop, the later row is of the model.
     return max(reversed(measured), key=lambda row: _step(row, columns.step or ""))
+
+
+def _two_runs(rows: Sequence[Row], columns: Columns, *, name: str | None) -> tuple[Row, Row | None]:
+    """Return two rows that are of different runs; the second is None if all may be steps of one run."""
+    first = rows[0]
+    # Rows of one step alone are no history of a run, but several runs.
+    is_history = columns.step is not None and not any(row.is_run for row in rows)
+    if not is_history or len({_step(row, columns.step or "") for row in rows}) == 1:
+        return first, rows[1]
+    if name is None or name == columns.arm:
+        return first, None
+    return first, next((row for row in rows if row.cells.get(name) != first.cells.get(name)), None)
+
+
+def _way_out(first: Row, second: Row, columns: Columns, table: ResultsTable) -> str:
+    """Return what to do about two runs of one arm with one seed."""
+    if first.study != second.study and None not in (first.study, second.study):
+        return (
+            "they are of two studies. Name the directory of one, or judge all studies of a directory by "
+            "their own arms with --campaign"
+        )
+    others = [
+        setting
+        for setting in _changed_settings(table, {"arm": columns.arm})
+        if str(first.cells.get(setting)) != str(second.cells.get(setting))
+    ]
+    if others:
+        return f"they differ in {_listed(others)}. Name one of these with --arm, or leave out one of the runs"
+    if first.is_run:
+        return "leave out one of them"
+    return "remove one, or, if they are steps of one run, name the column of steps with --step"
 
 
 def _step(row: Row, column: str) -> float:
@@ -373,7 +449,7 @@ def _status(row: Row, columns: Columns) -> str:
     value = row.cells.get(columns.status) if columns.status is not None else None
     if _is_blank(value):
         return FINISHED
-    if (status := _STATUS_OF.get(str(value).strip().lower())) is None:
+    if (status := _STATUS_OF.get(re.sub("[ -]", "_", str(value).strip().lower()))) is None:
         near = near_names(str(value), _STATUS_OF)
         raise ValueError(
             f"{row.name} has {value!r} as {columns.status}, which is no known status.{near} Write finished, "
@@ -384,16 +460,16 @@ def _status(row: Row, columns: Columns) -> str:
 
 def _baseline(name: str | None, arms: Sequence[str], columns: Columns) -> str:
     if name is None:
-        if (guess := _guess(arms, ("baseline", "base", "control"))) is not None:
-            return guess
+        usual = [arm for arm in arms if arm.lower() in ("baseline", "base", "control")]
+        if len(usual) == 1:
+            return usual[0]
         raise ValueError(
             f"name the arm that the others are compared with, --baseline: one of {_listed(arms)}"
         )
     if name in arms:
         return name
-    # 1e-3 and 0.001 are the same arm.
-    value = number(name)
-    matches = [arm for arm in arms if value is not None and number(arm) == value]
+    value = _exact(name)
+    matches = [arm for arm in arms if value is not None and _exact(arm) == value]
     if len(matches) == 1:
         return matches[0]
     raise ValueError(

@@ -12,7 +12,10 @@
 | W&B, table of runs | a row for each run; `State` is its status |
 | W&B, chart | a row for each run and step: columns such as `NAME - val/loss` become `Name` and `val/loss` |
 | a run directory, or several in one | a row for each run: settings by path (`optim.lr`), result, evaluation |
-| the directory of a study | a row for each member |
+| the directory of a study, or several | a row for each member: the same, and `arm`, `seed`, `status` |
+
+Runs that a study does not count, such as those that tune a learning rate, are left out where its directory is
+named. Of several studies the arms are named `STUDY: ARM`.
 
 Nested objects become columns with dots in their names (`config.optim.lr`).
 """
@@ -27,7 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from slmjax.stored_json import check_object, parse_json, read_json
-from slmjax.studies.study import MEMBERS
+from slmjax.studies.arms import directory_name
+from slmjax.studies.claims import recorded_members
+from slmjax.studies.study import MEMBERS, Member, member_of
+from slmjax.studies.study_directory import PLAN, StudyDirectory
 from slmjax.telemetry.run_directory import read_log, read_result
 
 Cells = dict[str, Any]
@@ -39,6 +45,8 @@ class Row:
 
     name: str  # for messages, such as "line 3 of results.csv"
     cells: Cells  # by column; a column without a value may be absent
+    is_run: bool = False  # a whole run of slmjax, never one step of several
+    study: Path | None = None  # directory of the study that it is a member of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +76,7 @@ def read_results(paths: Sequence[str | Path]) -> ResultsTable:
     tables = [_read(Path(path)) for path in paths]
     return ResultsTable(
         source=", ".join(str(path) for path in paths),
-        rows=tuple(row for table in tables for row in table.rows),
+        rows=_told_apart([row for table in tables for row in table.rows]),
         settings=frozenset().union(*(table.settings for table in tables)),
     )
 
@@ -211,25 +219,52 @@ def flattened(value: Mapping[str, Any], *, prefix: str = "") -> Cells:
 
 # Directories ------------------------------------------------------------------------------------------------
 def _read_directory(path: Path) -> ResultsTable:
-    if (path / MEMBERS).is_file():
-        return ResultsTable(source=str(path), rows=tuple(_member_rows(path / MEMBERS)))
-    runs = [path] if _is_run(path) else sorted(file.parent for file in path.rglob("config.json"))
-    runs = [run for run in runs if _is_run(run)]
-    if not runs:
+    studies = [path] if _is_study(path) else _studies_below(path)
+    inside = [] if _is_study(path) else _runs_below(path, studies)
+    if not studies and not inside:
         raise ValueError(
             f"{path} has no runs: name a run directory, a directory of several, or that of a study"
         )
     rows = []
     settings: set[str] = set()
-    for run in runs:
-        config = flattened(read_json(run / "config.json", remedy="move the run out of the directory"))
-        settings |= set(config)
-        rows.append(Row(name=str(run), cells={**config, **_outcome(run)}))
+    for run in inside:
+        own = _settings(run)
+        settings |= set(own)
+        rows.append(Row(name=str(run), cells={**own, **_outcome(run)}, is_run=True))
+    for study in studies:
+        for member in _members(study):
+            own = _member_settings(study, member)
+            settings |= set(own)
+            rows.append(_member_row(study, member, own))
+    if not rows:
+        raise ValueError(f"{path} has no member that has ended yet: run the study first (slmjax ablate)")
     return ResultsTable(source=str(path), rows=tuple(rows), settings=frozenset(settings))
+
+
+def _is_study(path: Path) -> bool:
+    return (path / PLAN).is_file() or (path / MEMBERS).is_file()
+
+
+def _studies_below(path: Path) -> list[Path]:
+    """Return the studies in a directory, without those that tune another one and lie in its directory."""
+    found = sorted({file.parent for name in (PLAN, MEMBERS) for file in path.rglob(name)})
+    return [study for study in found if not any(parent in found for parent in study.parents)]
+
+
+def _runs_below(path: Path, studies: Sequence[Path]) -> list[Path]:
+    """Return the run directories that are in no study."""
+    runs = [path] if _is_run(path) else sorted(file.parent for file in path.rglob("config.json"))
+    return [run for run in runs if _is_run(run) and not any(study in run.parents for study in studies)]
 
 
 def _is_run(path: Path) -> bool:
     return (path / "config.json").is_file() and (path / "log.jsonl").is_file()
+
+
+def _settings(run: Path) -> Cells:
+    remedy = "move the run out of the directory"
+    config = read_json(run / "config.json", remedy=remedy)
+    return flattened(check_object(config, name=str(run / "config.json"), remedy=remedy))
 
 
 def _outcome(run: Path) -> Cells:
@@ -240,12 +275,66 @@ def _outcome(run: Path) -> Cells:
     return flattened({**evaluation, **result, "run": run.name})
 
 
-def _member_rows(path: Path) -> Iterator[Row]:
-    # Of several lines about a member, the last counts.
-    latest = {(record["arm"], record["seed"]): record for record in read_log(path, kind="member")}
-    for (arm, seed), record in latest.items():
-        cells = flattened({**record["evaluation"], **record["result"]})
-        yield Row(
-            name=f"{arm}, seed {seed} of {path}",
-            cells={**cells, "arm": arm, "seed": seed, "status": record["status"]},
+# Studies ----------------------------------------------------------------------------------------------------
+def _members(study: Path) -> list[Member]:
+    """Return the members of a study that ended, as they were recorded last."""
+    path = study / MEMBERS
+    records = [
+        (f"a record of {path}", record)
+        for record in (read_log(path, kind="member") if path.is_file() else [])
+    ]
+    # The log may lack lines of other hosts.
+    records += [(str(file), record) for file, record in recorded_members(study)]
+    members = [member_of(record, name=name) for name, record in records]
+    return list({(member.arm, member.seed): member for member in members}.values())
+
+
+def _member_settings(study: Path, member: Member) -> Cells:
+    """Return the settings of a member: those of its run, or of its arm in the plan where it left no run."""
+    recorded = member.result.get("run_dir")
+    if isinstance(recorded, str):
+        # The study may have been moved since.
+        moved = study / directory_name(member.arm) / f"seed-{member.seed}" / Path(recorded).name
+        for run in (Path(recorded), moved):
+            if (run / "config.json").is_file():
+                return _settings(run)
+    arms = StudyDirectory.open(study).arms if (study / PLAN).is_file() else {}
+    arm = arms.get(member.arm, {})
+    # A derived arm has the settings of what it is derived from, which may be derived, too.
+    for _ in arms:
+        arm = arm if "experiment" in arm else arms.get(arm.get("derived_from"), arm)
+    return flattened(arm.get("experiment", {}))
+
+
+def _member_row(study: Path, member: Member, settings: Cells) -> Row:
+    outcome = flattened({**member.evaluation, **member.result})
+    about = {"arm": member.arm, "seed": member.seed, "status": member.status}
+    return Row(
+        name=f"{member.arm}, seed {member.seed} of {study}",
+        cells={**settings, **outcome, **about},
+        is_run=True,
+        study=study,
+    )
+
+
+def _told_apart(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Return rows whose arms are named after their studies, too, if they are of several."""
+    studies = list(dict.fromkeys(row.study for row in rows if row.study is not None))
+    if len(studies) < 2:
+        return tuple(rows)
+    names = [study.resolve().name for study in studies]
+    is_clear = len(set(names)) == len(names)
+    labels = {study: name if is_clear else str(study) for study, name in zip(studies, names, strict=True)}
+    return tuple(
+        row
+        if row.study is None
+        else dataclasses.replace(
+            row,
+            cells={
+                **row.cells,
+                "study": labels[row.study],
+                "arm": f"{labels[row.study]}: {row.cells['arm']}",
+            },
         )
+        for row in rows
+    )

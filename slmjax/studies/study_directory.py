@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from slmjax.config import differences, fingerprint, from_json, to_json
-from slmjax.stored_json import check_object, read_object
+from slmjax.stored_json import DamagedFile, check_list, check_object, read_object
 from slmjax.studies.arms import Arm, Derived
 from slmjax.studies.claims import NO_LINKS
 from slmjax.studies.matching import Matched
@@ -50,6 +50,7 @@ STUDY_FILE = "study.py"
 PLAN = "plan.json"
 CHANGES = "changes.jsonl"
 VERSION = 1
+_REMEDY = "restore the file from a copy, or use another directory"
 
 # Fields of a study that its plan holds in another form, or that are of no consequence for its results.
 _NOT_SETTINGS = ("arms", "base", "earlier", "name")
@@ -309,8 +310,13 @@ class StudyDirectory:
         """What was fixed before the first run: the content of plan.json."""
         kinds = {"study": str, "size": str, "hash": str, "locked_at": str, "settings": dict, "arms": dict}
         kinds |= {"asked": str, "matched": list}
-        remedy = "restore the file from a copy, or use another directory"
-        return read_object(self.path / PLAN, kinds, remedy=remedy)
+        path = self.path / PLAN
+        return _checked(read_object(path, kinds, remedy=_REMEDY), name=str(path))
+
+    @property
+    def arms(self) -> dict[str, Any]:
+        """The arms that the study had last, by name: their experiments, and what they build on."""
+        return (self._records() or [self.plan])[-1]["arms"]
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -325,10 +331,13 @@ class StudyDirectory:
         latest = (self._records() or [self.plan])[-1]
         if latest["asked"] != _unmatched_hash(asked):
             return None
-        return tuple(
-            from_json(Matched, {name: value for name, value in choice.items() if name != "text"})
-            for choice in latest["matched"]
-        )
+        choices = [
+            {name: value for name, value in each.items() if name != "text"} for each in latest["matched"]
+        ]
+        try:
+            return tuple(from_json(Matched, choice) for choice in choices)
+        except ValueError as error:
+            raise DamagedFile(f"'matched' of {self.path / PLAN}: {error}. To go on, {_REMEDY}") from error
 
     def changes_since_lock(self) -> tuple[Change, ...]:
         """Return the changes after the study was fixed, oldest first."""
@@ -352,8 +361,9 @@ class StudyDirectory:
         path = self.path / CHANGES
         kinds = {"time": float, "members_ended": int, "what": list, "redo": bool}
         kinds |= {"settings": dict, "arms": dict, "asked": str, "matched": list}
+        name = f"a record of {path}"
         return [
-            check_object(record, kinds, name=f"a record of {path}", remedy="restore it from a copy")
+            _checked(check_object(record, kinds, name=name, remedy=_REMEDY), name=name)
             for record in (read_log(path, kind="change") if path.is_file() else [])
         ]
 
@@ -387,6 +397,21 @@ class StudyDirectory:
         path = self.path / MEMBERS
         records = read_log(path, kind="member") if path.is_file() else []
         return {(record["arm"], record["seed"]) for record in records}
+
+
+def _checked(state: dict[str, Any], *, name: str) -> dict[str, Any]:
+    """Return a state of a study whose parts are what they should be. Raises DamagedFile if one is not."""
+    check_object(state["settings"], {"seeds": list}, name=f"'settings' of {name}", remedy=_REMEDY)
+    if any(type(seed) is not int for seed in state["settings"]["seeds"]):
+        raise DamagedFile(f"{name} has seeds that are no integers: {_REMEDY}")
+    fields = {"fingerprints": dict}
+    optional = {"experiment": dict, "derived_from": str}
+    for arm, about in state["arms"].items():
+        check_object(about, fields, optional=optional, name=f"arm {arm!r} of {name}", remedy=_REMEDY)
+    check_list(state["matched"], name=f"'matched' of {name}", remedy=_REMEDY)
+    if any(not isinstance(what, str) for what in state.get("what", ())):
+        raise DamagedFile(f"{name} has changes that are no text: {_REMEDY}")
+    return state
 
 
 def _is_changed(before: Mapping[str, Any], after: Mapping[str, Any], arm: str, seed: int) -> bool:
@@ -424,8 +449,11 @@ def _without_hashes(arm: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _iso_time(seconds: float) -> str:
-    """Return seconds since 1970 as ISO 8601."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+    """Return seconds since 1970 as ISO 8601; those of a damaged file may be of no year."""
+    try:
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+    except (OverflowError, ValueError, OSError):
+        return "an unknown day"
 
 
 def _create(path: Path, text: str) -> bool:

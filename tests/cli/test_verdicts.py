@@ -63,6 +63,12 @@ def test_bad_input_has_status_2(results: Path, capsys: pytest.CaptureFixture[str
     assert status == 2 and "--baseline: one of adam, muon, sgd" in out
     status, out = verdict(capsys, results.name, "--confidence", "95")
     assert status == 2 and "confidence is 95" in out
+    status, out = verdict(capsys, results.name, "--smallest-effect", "inf")
+    assert status == 2 and "smallest_effect is inf" in out
+    status, out = verdict(capsys, results.name, "--tolerance", "-1")
+    assert status == 2 and "tolerance is -1" in out
+    status, out = verdict(capsys, results.name, "--looks", "3", "five")
+    assert status == 2 and "--looks is 'five', not an integer" in out
     status, out = verdict(capsys)
     assert status == 2 and "no results to read" in out
 

@@ -14,6 +14,7 @@ from slmjax.studies.findings import Findings, analyze_members
 from slmjax.studies.foreign_results import ForeignResults, choose_columns, read_columns, with_names
 from slmjax.studies.results_files import read_results
 from slmjax.studies.statistics.results_table import Rules
+from slmjax.studies.study_directory import StudyDirectory
 from tests.studies.stub import StubTrainer, study
 
 LOSSES = {"adam": (1.50, 1.52, 1.49), "muon": (1.40, 1.43, 1.395)}
@@ -170,6 +171,69 @@ def test_arms_by_number(tmp_path: Path) -> None:
         ValueError, match="--baseline 0.003 is no arm by the column lr.* Arms are 0.001, 0.002"
     ):
         read(tmp_path / "runs.jsonl", arm="lr", metric="loss", baseline="0.003")
+
+
+def test_equal_numbers_are_one_arm(tmp_path: Path) -> None:
+    lines = ["lr,seed,loss", "0.001,0,1.5", "1e-3,1,1.6", "2e-3,0,1.25", ".002,1,1.5", "1.00,0,2", "1,1,2"]
+    (tmp_path / "runs.csv").write_text("\n".join(lines))
+    results = read(tmp_path / "runs.csv", arm="lr", baseline="0.0010")
+    assert results.question.arms == ("0.001", "2e-3", "1.00") and results.question.baseline == "0.001"
+    # Identifiers that a float would round to one number are two arms.
+    lines = ["arm,seed,loss", "9007199254740993,0,1", "9007199254740992,0,2", "nan,0,1", "NaN,0,3"]
+    (tmp_path / "ids.csv").write_text("\n".join(lines))
+    assert len(read(tmp_path / "ids.csv", baseline="nan").question.arms) == 4
+
+
+def test_two_runs_of_one_arm_and_seed_are_no_history(tmp_path: Path) -> None:
+    """Runs that ended at different steps are not steps of one run, if their names say so."""
+    lines = ["Name,arm,seed,step,loss", "a,adam,0,10,1.5", "b,adam,0,20,1.25", "c,muon,0,20,1"]
+    (tmp_path / "runs.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="line 2 of .* and line 3 of .* both of arm adam, seed 0: remove"):
+        read(tmp_path / "runs.csv")
+
+
+def test_several_studies_are_told_apart(tmp_path: Path) -> None:
+    """Members of several studies are never taken for the same runs, nor for steps of one."""
+    studies = tmp_path / "studies"
+    stub = StubTrainer()
+    run_study(study((0, 1)), studies / "first", train=stub)
+    second = run_study(study((0, 1), name="second"), studies / "second", train=stub)
+    # Runs that a study does not count are none of its members.
+    run_study(study((7,), name="rates"), studies / "first" / "tuning", train=stub)
+    # What is below a directory, and directories one by one, come to the same.
+    for paths in ([studies], [studies / "first", studies / "second"]):
+        results = read(*paths, baseline="first: slow")
+        assert len(results.members) == 12 and results.question.seeds == (0, 1)
+        assert results.question.arms[3:] == ("second: slow", "second: fast & loose", "second: third")
+    with pytest.raises(ValueError, match="--baseline slow is no arm .* Did you mean 'first: slow'"):
+        read(studies, baseline="slow")
+    message = "slow, seed 0 of .*first and slow, seed 0 of .*second are both of arm 0.001, seed 0: they are "
+    with pytest.raises(ValueError, match=f"{message}of two studies. Name the directory of one, .*--campaign"):
+        read(studies, arm="optim.lr", baseline="0.001")
+    runs = [Path(member.result["run_dir"]) for member in second]
+    message = "are both of arm 0.002, seed 0: leave out one of them"
+    with pytest.raises(ValueError, match=f"stub-.* and .*stub-.* {message}"):
+        read(*runs, baseline="0.001", arm="optim.lr")
+    with pytest.raises(ValueError, match="they differ in optim.lr. Name one of these with --arm, or leave"):
+        read(*runs, baseline="nano", arm="run.name")
+
+
+def test_a_study_has_its_settings_as_columns(tmp_path: Path) -> None:
+    stub = StubTrainer(errors={(2e-3, 1): RuntimeError("no room")})
+    asked = study(arms=study().arms[:2])
+    StudyDirectory.create(tmp_path / "study", asked)
+    run_study(asked, tmp_path / "study", train=stub)
+    (tmp_path / "study").rename(tmp_path / "moved")
+    results = read(tmp_path / "moved", arm="optim.lr", baseline="1e-3")
+    assert results.question.arms == ("0.001", "0.002")
+    # A member that failed left no run that says so: its settings are those of the plan.
+    assert [member.status for member in results.members] == ["finished"] * 3 + ["failed"] + ["finished"] * 2
+    # A path with stars, as in an arm's changes.
+    with pytest.raises(ValueError, match="has one arm by the column model.stack.0.pattern.0.mixer.num_heads"):
+        read(tmp_path / "moved", arm="model.stack.*.pattern.*.mixer.num_heads", baseline="4")
+    with pytest.raises(ValueError, match="has several values of a.[*]: a.x = 1, a.y = 2. Name one of these"):
+        (tmp_path / "runs.jsonl").write_text('{"a": {"x": 1, "y": 2}, "seed": 0, "loss": 1}\n')
+        read(tmp_path / "runs.jsonl", arm="a.*")
 
 
 def test_run_directories_have_their_settings_as_columns(tmp_path: Path) -> None:

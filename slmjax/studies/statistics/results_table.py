@@ -8,6 +8,7 @@ A: arms, S: seeds.
 
 import dataclasses
 import enum
+import math
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -67,7 +68,7 @@ class Rules:
                 f"confidence is {self.confidence}: give a fraction between 0 and 1, such as 0.95"
             )
         for name in ("equal_within", "smallest_effect"):
-            if (value := getattr(self, name)) is not None and not value > 0:
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}: give a difference of the metric above 0, or none")
         if self.looks and (min(self.looks) < 2 or list(self.looks) != sorted(set(self.looks))):
             raise ValueError(
