@@ -139,7 +139,7 @@ def _user_message(error: Exception) -> str | None:
     if disk_problem(error) is not None:
         line = next(iter(text.splitlines()), "")
         return f"{line}. Free space, or write to another disk (runs: --run.directory, caches: SLMJAX_CACHE)"
-    if isinstance(error, NotADirectoryError | IsADirectoryError):
+    if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
         return f"{text}. A file is where a directory should be, or the reverse: move it away"
     if isinstance(error, ValueError | OSError | ImportError):
         return text

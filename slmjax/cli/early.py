@@ -226,6 +226,8 @@ def _check_directory(what: str, text: str, kind: Directory) -> None:
     """Raise ValueError for a path that is no directory of this kind."""
     path = Path(text)
     if not path.is_dir():
+        if path.is_file():
+            raise ValueError(f"{what} is a file. Name {kind.instead}")
         raise ValueError(f"{what} is no directory that exists.{_near_entries(path)} Name {kind.instead}")
     if not (path / kind.file).is_file():
         raise ValueError(f"{what} is {kind.name}: it has no {kind.file}. Name {kind.instead}")

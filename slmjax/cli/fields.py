@@ -11,6 +11,7 @@ import difflib
 import enum
 import functools
 import inspect
+import itertools
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,8 @@ class Option:
     needs: str = ""  # the option without which it is none: "--quant"
     is_flag: bool = False
     is_positional: bool = False
+    choices: tuple[str, ...] = ()  # its only values, where they are few
+    is_optional: bool = False  # "None" is a value, too
 
     @property
     def flag(self) -> str:
@@ -79,6 +82,8 @@ def _options(cls: type, value: Any, *, path: str, about: str) -> Iterator[Option
                 group_about=about,
                 is_flag=is_flag,
                 is_positional=metavar is not None,
+                choices=_choices(hint),
+                is_optional=type(None) in _members(hint),
             )
 
 
@@ -127,6 +132,19 @@ def _kind(hint: Any) -> str:
         elif member is not type(None):
             kinds.append(_KINDS.get(member, getattr(member, "__name__", str(member)).upper()))
     return "|".join(dict.fromkeys(kinds))
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """Return the values of an option that takes members of one Enum; empty for others."""
+    items = [
+        item
+        for member in _members(hint)
+        for item in (typing.get_args(member) if typing.get_origin(member) is tuple else (member,))
+        if item not in (type(None), Ellipsis)
+    ]
+    if len(items) != 1 or not (isinstance(items[0], type) and issubclass(items[0], enum.Enum)):
+        return ()
+    return tuple(str(choice.value) for choice in items[0])
 
 
 def _shown(value: Any) -> str:
@@ -273,3 +291,56 @@ def _is_short_for(short: str, full: str) -> bool:
 def _has_patterns(names: Sequence[str]) -> bool:
     """Return whether a repeat is of several layers, so that their number is no number of repeats."""
     return any(".pattern.1." in name for name in names)
+
+
+# Values -----------------------------------------------------------------------------------------------------
+_NUMBERS = {"N": (int, "an integer"), "X": (float, "a number")}
+
+
+def check_values(argv: Sequence[str], options: Sequence[Option]) -> None:
+    """Check the values of options that take numbers or one of a few words.
+
+    Args:
+      argv: a command line with full names.
+      options: those of the command.
+
+    Raises:
+      ValueError: a value is none that its option takes, or there is none.
+    """
+    by_name = {f"--{name}": option for option in options for name in option.spellings}
+    for index, argument in enumerate(argv):
+        if argument == "--":
+            return
+        name, equals, value = argument.partition("=")
+        option = by_name.get(name)
+        if option is None or option.is_positional:
+            continue
+        following = itertools.takewhile(lambda text: not text.startswith("--"), argv[index + 1 :])
+        values = [value] if equals else list(following)
+        if option.is_flag:
+            if equals:
+                raise ValueError(f"{name} takes no value, such as {value!r}: give {name} or leave it out")
+            continue
+        is_open = option.kind.endswith(" ...")  # and may be empty
+        if not values and not is_open:
+            raise ValueError(f"{name} needs a value: {option.about or option.kind}")
+        for text in values if is_open else values[:1]:
+            _check_value(name, text, option)
+
+
+def _check_value(name: str, text: str, option: Option) -> None:
+    if option.is_optional and text == "None":
+        return
+    if option.choices:
+        if text not in option.choices:
+            near = difflib.get_close_matches(text.lower(), option.choices, n=1, cutoff=0.6)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name} is {text!r}, not one of {', '.join(option.choices)}.{hint}")
+        return
+    read, noun = _NUMBERS.get(option.kind.removesuffix(" ..."), (None, ""))
+    if read is None:
+        return
+    try:
+        read(text)
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}, not {noun}: {option.about}") from None

@@ -87,6 +87,8 @@ def _lines(options: Sequence[Option]) -> Iterator[str]:
     """Yield the lines of some options: name, kind, what it is for, default."""
     for option in options:
         default = f" (default: {option.default})" if option.default else ""
+        if option.is_flag and option.default:
+            default = f" (the default; --{option.spellings[-1]} turns it off)"
         yield from _entry(f"{option.flag} {option.kind}".rstrip(), f"{option.about}{default}")
 
 

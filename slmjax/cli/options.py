@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from slmjax.cli.fields import Option, full_names, options_of
+from slmjax.cli.fields import Option, check_values, full_names, options_of
 from slmjax.cli.help import help_text
 from slmjax.cli.source import built_in_experiments, is_flag
 
@@ -50,9 +50,11 @@ def parse(
         texts = {"command": command, "description": description, "topic": help_topic(argv)}
         print(help_text(options, first=first, further=further, **texts))
         sys.exit(0)
+    args = full_names(argv, options, command=command, further=further)
+    check_values(args, options)
     return tyro.cli(
         arguments_class,
-        args=full_names(argv, options, command=command, further=further),
+        args=args,
         prog=f"slmjax {command}",
         config=(tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues),
         **({} if default is None else {"default": default}),
