@@ -19,6 +19,14 @@ class Size(enum.Enum):
     LARGE = "large"  # on an accelerator
 
 
+class Together(enum.Enum):
+    """Training of members that share a program: `Populations`, without what it imports."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 def ablate_command(argv: Sequence[str]) -> int:
     """Run a study: train arms with several seeds, and compare them.
 
@@ -51,6 +59,9 @@ def ablate_command(argv: Sequence[str]) -> int:
         lease: float = 300.0
         # names of the arms to train now (none: all)
         only: tuple[str, ...] = ()
+        # train members that differ in seeds and numbers alone in one program: on, off, or auto, where a short
+        # measurement shows that it is faster (a --worker: not)
+        populations: Together = Together.AUTO
         # directory of results (none: runs/studies/ and the file's name)
         directory: str | None = None
         # train members again whose arm has changed since; the old runs stay
@@ -62,6 +73,8 @@ def ablate_command(argv: Sequence[str]) -> int:
 
     args = parse(Arguments, argv, command="ablate", description=ablate_command.__doc__, first=FIRST_OPTIONS)
     assert not asks_for_help(argv)
+    if "--only" in argv and not args.only:
+        raise ValueError("--only needs the name of an arm: name one, or leave out --only to train all arms")
     with StopSignals() as signals:
         # A job that is preempted is worth another try.
         signals.sigterm_status = INTERRUPTED_STATUS
@@ -78,6 +91,8 @@ def _ablate(args: Any, signals: StopSignals) -> int:
         num_seeds=args.seeds,
     )
     if args.plan:
+        if args.only:
+            raise ValueError("--plan is about the whole study: leave out --only")
         return _plan(args, ablation)
     command = f"slmjax ablate {ablation.directory}{' --worker' if args.worker else ''}"
     signals.note = f"resume with: {command}"
@@ -115,12 +130,14 @@ def _run(args: Any, ablation: Any, outcomes: list[Any]) -> None:
 
     from slmjax.studies.ablation import run_ablation
     from slmjax.studies.claims import Lease
+    from slmjax.studies.groups import Populations
     from slmjax.studies.running import run_study
 
     # A line for each member, unless each step is asked for.
     console = Console(stderr=True, highlight=False, quiet=not args.verbose)
     lease = Lease(seconds=args.lease, heartbeat=args.lease / 10)
-    run = functools.partial(run_study, console=console, lease=lease)
+    populations = Populations(args.populations.value)
+    run = functools.partial(run_study, console=console, lease=lease, populations=populations)
     settings = {"redo": args.redo, "only": args.only, "worker": args.worker, "wait": args.wait}
     for outcome in run_ablation(ablation, **settings, run=run):
         outcomes.append(outcome)

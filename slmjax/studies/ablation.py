@@ -224,7 +224,8 @@ def run_ablation(
             # The members of the study begin when all rates are known.
             sweep = {name: value for name, value in options.items() if name != "only"}
             sweep |= {"wait": True} if worker else {}
-            study, tuned = tune(study, directory.path, run=functools.partial(run, **sweep))
+            swept = needed[study.name] if only else None
+            study, tuned = tune(study, directory.path, run=functools.partial(run, **sweep), only=swept)
             ready[study.name] = study
             write_tuned(directory.path, tuned)
         members = run(study, directory.path, **options)

@@ -29,8 +29,8 @@ class Populations(enum.Enum):
     """Training of members that share a program."""
 
     AUTO = "auto"  # together where a measurement shows that it is faster
-    NEVER = "never"  # one after another
-    ALWAYS = "always"  # together, as many as share a program
+    NEVER = "off"  # one after another
+    ALWAYS = "on"  # together, as many as share a program
 
 
 # FLOPs of a step for which a population did not pay: larger steps fill the device even better.
@@ -64,6 +64,8 @@ def tasks_together(queue: MemberQueue, first: Task, *, populations: Populations)
         if (arm, seed) != (first.arm, first.seed) and shares(arm, seed)
     ]
     members = [experiment, *others][:MOST_MEMBERS]
+    if len(members) < 2 and populations is Populations.ALWAYS:
+        log.info("%s: no other member that is left shares its program", queue.member_text(first))
     if len(members) < 2 or (populations is Populations.AUTO and not _pays(members)):
         return [first]
     tasks = [first]

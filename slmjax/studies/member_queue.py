@@ -8,6 +8,7 @@ A member that another process has claimed is passed over, and one that waits for
 for its source, and at a rung of early stopping every member for the last one.
 """
 
+import collections
 import dataclasses
 import logging
 import math
@@ -91,7 +92,9 @@ class MemberQueue:
         self._awaits_decision = False
         self._elsewhere: list[State] = []  # claimed by other processes, at the last look
         self._logged: set[tuple[str, int]] = set()
-        self._seconds: list[float] = []  # of each member that this process has trained
+        # Of the members that this process has trained, by arm, and of their compilation.
+        self._seconds: dict[str, list[float]] = {}
+        self._compile_seconds: list[float] = []
 
     def free(self) -> list[tuple[Arm | Derived, int]]:
         """Return the members that are left and that no process has claimed."""
@@ -229,19 +232,40 @@ class MemberQueue:
         total = len(arms) * len(self.study.seeds)
         return f"{self.study.name}: member {number} of {total}: {task.arm.name}, seed {task.seed}"
 
-    def add_seconds(self, task: Task, seconds: float) -> None:
-        """Take the time that a member took, for `time_left`; derived members take almost none."""
+    def add_seconds(self, task: Task, seconds: float, *, compiling: float = 0.0) -> None:
+        """Take the time that a member took, for `time_left`; derived members take almost none.
+
+        Args:
+          compiling: the part of it in which programs were compiled.
+        """
         if isinstance(task.arm, Arm) and task.stopped is None:
-            self._seconds.append(seconds)
+            self._seconds.setdefault(task.arm.name, []).append(seconds)
+            self._compile_seconds.append(compiling)
 
     def time_left(self) -> str:
         """Return the time that the rest takes at the pace of this process; empty while it is unknown."""
         if not self._seconds:
             return ""
-        num_left = sum(isinstance(arm, Arm) for arm, _ in self.left)
         num_workers = 1 + sum(state.is_alive for state in self._elsewhere)
-        left = statistics.fmean(self._seconds) * num_left / num_workers
-        return f", about {format_seconds(left)} left"
+        counts = collections.Counter(arm.name for arm, _ in self.left if isinstance(arm, Arm))
+        left = sum(self._expected_seconds(arm, number) for arm, number in counts.items())
+        return f", about {format_seconds(left / num_workers)} left"
+
+    def _expected_seconds(self, arm: str, number: int) -> float:
+        """Return the time of further members of an arm: its first one alone compiles its programs."""
+        own = self._seconds.get(arm, [])
+        if later := own[1:]:
+            return number * statistics.fmean(later)
+        firsts = [seconds[0] for seconds in self._seconds.values()]
+        saved = [
+            seconds[0] - statistics.fmean(seconds[1:])
+            for seconds in self._seconds.values()
+            if len(seconds) > 1
+        ]
+        # The very first member of all also prepares the data.
+        first = own[0] if own else statistics.fmean(firsts[1:] or firsts)
+        further = max(first - statistics.fmean(saved or self._compile_seconds), 0.0)
+        return number * further if own else first + (number - 1) * further
 
     @property
     def is_done(self) -> bool:

@@ -82,7 +82,7 @@ class Power:
     level: float  # probability of any false verdict
     deviation: float  # standard deviation of a run between seeds, in the unit of the metric
     is_assumed: bool
-    source: str  # of the deviation, a sentence
+    source: str  # of the deviation, a sentence, with the ledger that was read
     smallest: float  # difference that is resolved 4 times in 5
     smallest_effect: float | None  # that is worth having, as the study says
     power: float | None  # probability that it is resolved
@@ -247,17 +247,27 @@ def _noise(
     if ledger is not None:
         expected = expected_deviation(ledger, metric=metric, parameters=cost.parameters, tokens=cost.tokens)
         if expected is not None and expected.deviation > 0:
-            return expected.deviation, expected.text, False
+            return expected.deviation, f"{expected.text}, by {_shown(ledger)}", False
     if metric not in ASSUMED_VALUES:
         return None
     relative = assumed_noise(cost.parameters)
     value = ASSUMED_VALUES[metric]
     source = (
         f"an assumption: runs of {cost.parameters / 1e6:.2g}M parameters differ by {100 * relative:.2g} % "
-        f"(standard deviation between seeds) of about {value:g} {UNITS[metric]}. Finished studies in the "
-        "same directory replace it by what they measured"
+        f"(standard deviation between seeds) of about {value:g} {UNITS[metric]}"
     )
+    if ledger is not None:
+        source += (
+            f". There are no such runs in {_shown(ledger)} yet, where studies that finish beside this one "
+            "record what they measured"
+        )
     return relative * value, source, True
+
+
+def _shown(ledger: str | Path) -> str:
+    """Return the path of a ledger as people type it, from the current directory where it is below that."""
+    path = Path(ledger).absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def assumed_noise(parameters: float) -> float:
@@ -335,7 +345,8 @@ def _table(plan: StudyPlan) -> Iterator[str]:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, COLUMNS, subsequent_indent="  ")
+    # Paths are not to be torn apart.
+    return textwrap.wrap(text, COLUMNS, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _count(number: int, noun: str) -> str:

@@ -152,8 +152,13 @@ def _stopping_in_order(worker: bool) -> Iterator[StopSignals | None]:
 
 
 # Members ----------------------------------------------------------------------------------------------------
-def _run_member(queue: MemberQueue, task: Task, *, train: Train, console: Console | None) -> None:
+def _run_member(
+    queue: MemberQueue, task: Task, *, train: Train, console: Console | None, spent: float | None = None
+) -> None:
     """Train or derive a member under a claim, and record it.
+
+    Args:
+      spent: seconds that it has had in one program with others; None for a member that is trained alone.
 
     Raises:
       ClaimLost: another process has taken over; nothing is recorded.
@@ -162,7 +167,8 @@ def _run_member(queue: MemberQueue, task: Task, *, train: Train, console: Consol
     directory = queue.directory
     claim = task.claim
     begin = time.monotonic()
-    log.info("%s%s", queue.member_text(task), queue.time_left())
+    if spent is None:
+        log.info("%s%s", queue.member_text(task), queue.time_left())
     try:
         with owned_by(claim.require):
             source = queue.source(task.arm, task.seed)
@@ -187,7 +193,8 @@ def _run_member(queue: MemberQueue, task: Task, *, train: Train, console: Consol
             claim.release()
         raise
     _append_line(directory / MEMBERS, fields)
-    queue.add_seconds(task, time.monotonic() - begin)
+    seconds = (spent or 0.0) + time.monotonic() - begin
+    queue.add_seconds(task, seconds, compiling=member.compile_seconds)
     log.info("%s: %s", queue.member_text(task), _outcome_text(study, member))
 
 
@@ -207,17 +214,23 @@ def _run_members(
         for task in tasks:
             task.claim.require(now)
 
+    spent = None
     if len(tasks) > 1:
+        begin = time.monotonic()
         with owned_by(require):
-            _train_group(queue, tasks, console=console)
+            is_together = _train_group(queue, tasks, console=console)
+        spent = (time.monotonic() - begin) / len(tasks) if is_together else None
     # Runs that have ended are recorded, and others trained alone.
     for task in tasks:
         with contextlib.suppress(ClaimLost):
-            _run_member(queue, task, train=train, console=console)
+            _run_member(queue, task, train=train, console=console, spent=spent)
 
 
-def _train_group(queue: MemberQueue, tasks: Sequence[Task], *, console: Console | None) -> None:
+def _train_group(queue: MemberQueue, tasks: Sequence[Task], *, console: Console | None) -> bool:
     """Train members in one program; an error is logged, and leaves runs that can be resumed.
+
+    Returns:
+      whether the members were trained.
 
     Raises:
       Interrupted: a signal stopped the training, and all states are saved.
@@ -231,7 +244,7 @@ def _train_group(queue: MemberQueue, tasks: Sequence[Task], *, console: Console 
             experiments.append(experiment)
             runs.append(run)
     names = ", ".join(f"{task.arm.name} seed {task.seed}" for task in tasks)
-    log.info("study %s: in one program: %s", queue.study.name, names)
+    log.info("%s: %d members in one program: %s%s", queue.study.name, len(tasks), names, queue.time_left())
     try:
         results = train_population(experiments, resume=runs, console=console) if experiments else []
     except ClaimLost as error:
@@ -242,6 +255,8 @@ def _train_group(queue: MemberQueue, tasks: Sequence[Task], *, console: Console 
         # A signal stops the whole study.
         if any(result.status not in (FINISHED, DIVERGED) for result in results):
             raise Interrupted(f"stopped at {names}, whose runs are saved: run the study again to resume them")
+        return True
+    return False
 
 
 def _append_line(path: Path, fields: dict[str, Any]) -> None:

@@ -28,14 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from slmjax.config import fingerprint, near_names
-from slmjax.stored_json import check_object
-from slmjax.studies.arms import Arm, Derived, directory_name
+from slmjax.stored_json import DamagedFile, check_object
+from slmjax.studies.arms import Arm, Derived, check_printable, directory_name
 from slmjax.studies.changes import with_changes
 from slmjax.studies.claims import recorded_members
 from slmjax.studies.design import Budget, LearningRates, Match, Recovery
 from slmjax.studies.statistics.results_table import Rules
 from slmjax.studies.stopping import SuccessiveHalving
-from slmjax.telemetry.run_directory import read_log, with_present_names
+from slmjax.telemetry.run_directory import Category, read_log, with_present_names
 from slmjax.training.experiment import Experiment
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ SOURCE_RUN = Path("SOURCE_RUN")  # stands for the run that an arm builds on wher
 
 
 # Short names of metrics, and the fields that have them: a study compares whole runs, not their last sessions.
+# Of members that were trained in one program, seconds and pace are a member's share, as if in turn.
 _METRICS = {
     "tokens": ("run_tokens",),
     "seconds": ("run_seconds", "session_seconds"),  # earlier versions recorded the last session alone
@@ -94,6 +95,9 @@ class Study:
     asymptote: float = 0.0
 
     def __post_init__(self) -> None:
+        check_printable(self.name, what="the study's name")
+        # A question may have several lines.
+        check_printable("".join(self.question.split()), what="the study's question")
         names = [arm.name for arm in self.arms]
         # In lower case: some file systems ignore case.
         directories = [arm.directory.lower() for arm in self.arms]
@@ -248,7 +252,23 @@ class Member:
         value = next((fields[key] for key in _METRICS.get(name, (name,)) if key in fields), None)
         if self.status != FINISHED or isinstance(value, bool) or not isinstance(value, int | float):
             return None
+        if name in ("seconds", "tokens_per_second"):
+            members = max(self.population, 1)
+            value = value / members if name == "seconds" else value * members
         return float(value) if math.isfinite(value) else None
+
+    @property
+    def population(self) -> int:
+        """The number of runs that were trained in one program with it, itself included."""
+        population = self.result.get("population", 1)
+        return population if isinstance(population, int) else 1
+
+    @property
+    def compile_seconds(self) -> float:
+        """Its share of the seconds in which its last session compiled programs; 0 if that is not known."""
+        by_category = self.result.get("session_seconds_by_category")
+        seconds = by_category.get(Category.COMPILE.value) if isinstance(by_category, dict) else None
+        return seconds / max(self.population, 1) if isinstance(seconds, float) else 0.0
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -303,6 +323,10 @@ def member_of(record: Mapping[str, Any], *, name: str) -> Member:
       DamagedFile: it describes none.
     """
     fields = check_object(record, _MEMBER_FIELDS, optional={"error": str}, name=name, remedy=_REMOVE_RECORD)
+    try:
+        directory_name(fields["arm"])
+    except ValueError as error:
+        raise DamagedFile(f"{name} is of no arm ({error}): {_REMOVE_RECORD}") from None
     known = {field.name: fields[field.name] for field in dataclasses.fields(Member) if field.name in fields}
     return Member(**{**known, "result": with_present_names(fields["result"])})
 

@@ -104,6 +104,7 @@ def tune(
     directory: str | Path,
     *,
     run: Callable[..., tuple[Member, ...]] = run_study,
+    only: Sequence[str] | None = None,
 ) -> tuple[Study, tuple[Tuned, ...]]:
     """Sweep the learning rate of every trained arm, and return the study with each arm at its best one.
 
@@ -112,6 +113,8 @@ def tune(
     Args:
       directory: of the study; the sweeps are in its directory `tuning`.
       run: a replacement for `run_study`, such as one with a console.
+      only: names of the arms whose rates are swept now (none: all). Others have their rates if these were
+        swept before.
 
     Raises:
       ValueError: a tuning seed is a seed of the study.
@@ -119,9 +122,17 @@ def tune(
     """
     if study.tune is None:
         return study, ()
-    members = run(tuning_study(study), Path(directory) / TUNING)
-    tuned = choose_rates(study, members)
+    sweep = tuning_study(study)
+    names = () if only is None else tuple(name for arm in only for name in _names(study, arm))
+    members = run(sweep, Path(directory) / TUNING, **({} if only is None else {"only": names}))
+    tuned = choose_rates(study, members, only=only)
     return at_rates(study, tuned), tuned
+
+
+def _names(study: Study, arm: str) -> Iterator[str]:
+    """Yield the arms of the sweep that choose the rate of an arm; a derived arm has none."""
+    if isinstance(study.arm(arm), Arm):
+        yield from (_name(arm, rate) for rate in rates_of(study, arm))
 
 
 def tuning_study(study: Study) -> Study:
@@ -197,10 +208,18 @@ class _Sources:
         return label
 
 
-def choose_rates(study: Study, members: Sequence[Member]) -> tuple[Tuned, ...]:
+def choose_rates(
+    study: Study, members: Sequence[Member], *, only: Sequence[str] | None = None
+) -> tuple[Tuned, ...]:
     """Return the best rate of each trained arm, from the members of `tuning_study`.
 
     An arm that finished at no rate has an outcome, too, and does not stop the others (`best_rate`).
+
+    Args:
+      study: whose arms are tuned.
+      members: of its sweep.
+      only: names of the arms that need a rate (none: all); another one is left out if its sweep has not
+        ended.
 
     Raises:
       TuningUnfinished: some members are missing.
@@ -217,7 +236,7 @@ def choose_rates(study: Study, members: Sequence[Member]) -> tuple[Tuned, ...]:
             for rate in rates_of(study, arm.name)
         }
         if any(member is None for of_rate in runs.values() for member in of_rate):
-            missing.append(arm.name)
+            missing += [arm.name] if only is None or arm.name in only else []
             continue
         tuned.append(_choose(study, arm.name, runs))
     if missing:

@@ -1,5 +1,6 @@
 """`slmjax ablate`: a study file to its findings, interrupted, failed, changed, in parts; what is refused."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -11,6 +12,7 @@ import pytest
 from slmjax import cli
 from slmjax.studies import Study, read_findings, running
 from slmjax.studies.claims import Claims, Lease
+from slmjax.studies.noise import NoiseRecord
 from slmjax.studies.plan import StudyPlan, plan_study
 from slmjax.studies.running import run_study
 from slmjax.training.experiment import read_experiment
@@ -131,8 +133,9 @@ def test_workers_leave_to_others_what_they_have_claimed(
     assert code == 0 and asked(stub) == [(1e-3, 0)] and "Is fast better?" in out
     findings = read_findings(directory)
     assert all(len(arm.seeds) == 3 for arm in findings.arms)
-    code, _, err = ablate("pace.py", "--worker", "--lease", "0")
-    assert code == 2 and "the lease is 0.0 s" in err
+    for seconds in ("0", "inf", "nan"):
+        code, _, err = ablate("pace.py", "--worker", "--lease", seconds)
+        assert code == 2 and f"the lease is {float(seconds)} s" in err
 
 
 def test_an_interrupted_study_resumes(ablate: Ablate, stub: StubTrainer) -> None:
@@ -313,6 +316,19 @@ def test_arms_at_their_own_best_rates(ablate: Ablate, stub: StubTrainer, tmp_pat
     assert ablate("runs/studies/tuned")[0] == 0 and asked(stub) == []
 
 
+def test_only_the_named_arms_are_tuned(ablate: Ablate, stub: StubTrainer, tmp_path: Path) -> None:
+    (tmp_path / "tuned.py").write_text(TUNED)
+    stub.bits = {(rate, 50): value for rate, value in ((5e-4, 1.6), (1e-3, 1.5), (2e-3, 1.6))}
+    code, out, err = ablate("tuned.py", "--seeds", "2", "--only", "slow")
+    assert code == 0 and [seed for _, seed in asked(stub)] == [50, 50, 50, 0, 1]
+    assert "tuned: 4 members have not ended yet" in err and "fast & loose: learning rate" not in out
+    # The others follow, at rates of their own, and the first is as it was.
+    code, out, _ = ablate("tuned.py", "--seeds", "2", "--only", "third")
+    assert code == 0 and [seed for _, seed in asked(stub)] == [50, 50, 50, 0, 1]
+    assert "slow: learning rate 0.001" in out and "third: learning rate 0.001" in out
+    assert ablate("runs/studies/tuned")[0] == 0 and len(asked(stub)) == 5
+
+
 def test_arms_that_continue_runs_are_tuned(ablate: Ablate, stub: StubTrainer, tmp_path: Path) -> None:
     """Their tokenizer is that of a run, and with the tuning seed there are runs of what they build on."""
     text = BUILT_ON.replace(
@@ -354,6 +370,16 @@ def test_a_plan_trains_nothing_and_writes_nothing(
     code, out, _ = ablate("pace.py", "--plan", "--no-measure", "--json")
     (plan,) = json.loads(out)["studies"]
     assert (plan["num_runs"], plan["power"]["seeds"], plan["power"]["is_assumed"]) == (9, 3, True)
+    # The ledger is the one that the study will write to.
+    assert "There are no such runs in runs/studies/noise.jsonl yet" in plan["power"]["source"]
+    record = NoiseRecord(
+        key="a", study="a", arm="a", metric="bits_per_byte", deviation=0.25, degrees_of_freedom=4, noisy=False
+    )
+    (tmp_path / "else").mkdir()
+    line = json.dumps({"kind": "noise", **dataclasses.asdict(record)})
+    (tmp_path / "else" / "noise.jsonl").write_text(f"{line}\n")
+    code, out, _ = ablate("pace.py", "--plan", "--no-measure", "--directory", "else/pace")
+    assert code == 0 and "Noise: standard deviation 0.25 of a run" in out and "by else/noise.jsonl." in out
 
 
 @pytest.mark.parametrize(
@@ -368,6 +394,18 @@ def test_a_plan_trains_nothing_and_writes_nothing(
         (["run"], "run is a run directory: name a Python file"),
         (["pace.py", "--budgte", "large"], "slmjax ablate has no option --budgte. Did you mean --budget?"),
         (["pace.py", "--seeds", "0"], "the number of seeds is 0: give 1 or more"),
+        (["pace.py", "--seeds", "three"], "--seeds is 'three', not an integer: number of seeds"),
+        (["pace.py", "--budget", "medium"], "--budget is 'medium', not one of small, large."),
+        (
+            ["pace.py", "--budget=Large"],
+            "--budget is 'Large', not one of small, large. Did you mean 'large'?",
+        ),
+        (["pace.py", "--budget"], "--budget needs a value: size of the study"),
+        (["pace.py", "--populations", "always"], "--populations is 'always', not one of auto, on, off."),
+        (["pace.py", "--lease", "5m"], "--lease is '5m', not a number: seconds after which"),
+        (["pace.py", "--worker=yes"], "--worker takes no value, such as 'yes'"),
+        (["pace.py", "--only"], "--only needs the name of an arm"),
+        (["pace.py", "--plan", "--only", "slow"], "--plan is about the whole study: leave out --only"),
     ],
 )
 def test_what_is_no_study(ablate: Ablate, tmp_path: Path, argv: list[str], message: str) -> None:

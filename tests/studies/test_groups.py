@@ -1,8 +1,10 @@
 """Members of a study that are trained in one program, with stubs in place of both kinds of training."""
 
 import dataclasses
+import itertools
 import logging
 import math
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ from slmjax.runner import trainer
 from slmjax.runner.population import Pace
 from slmjax.studies import groups, running
 from slmjax.studies.arms import Arm
+from slmjax.studies.claims import Claims
 from slmjax.studies.groups import Populations
+from slmjax.studies.member_queue import MemberQueue
 from slmjax.studies.running import Interrupted, run_study
+from slmjax.studies.study import Member, OnChange
 from slmjax.training.experiment import Experiment
 from tests.studies.stub import StubTrainer, experiment, study
 
@@ -72,6 +77,57 @@ def test_members_that_share_a_program_are_one_population(stubs: Stubs, tmp_path:
     assert stubs.alone.asked == [] and stubs.measured == []
     # Recorded: nothing is trained again.
     assert run(tmp_path, Populations.ALWAYS) == ORDER and len(stubs.populations) == 1
+
+
+def test_a_population_is_announced_and_has_the_time_that_it_took(
+    stubs: Stubs, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("slmjax"), "propagate", True)
+    monkeypatch.setattr(groups, "MOST_MEMBERS", 3)
+    # A minute for each population, and for each record.
+    clock = itertools.count(step=60.0)
+    monkeypatch.setattr(running, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    with caplog.at_level(logging.INFO, logger="slmjax"):
+        run(tmp_path, Populations.ALWAYS)
+    lines = [text for text in caplog.messages if text.startswith("pace: ")]
+    assert lines[0] == "pace: 3 members in one program: slow seed 0, fast & loose seed 0, third seed 0"
+    assert lines[1:3] == [
+        "pace: member 1 of 9: slow, seed 0: finished, bits_per_byte 1.9000",
+        "pace: member 2 of 9: fast & loose, seed 0: finished, bits_per_byte 1.8000",
+    ]
+    # Each member so far has had a third of one minute, and one of its own.
+    assert lines[4].endswith("third seed 1, about 8m00s left") and len(lines) == 12
+
+
+def test_seconds_of_a_member_are_its_share_of_the_program() -> None:
+    result = {"run_seconds": 60.0, "session_tokens_per_second": 100.0, "population": 4}
+    result |= {"session_seconds_by_category": {"compile": 20.0}}
+    member = Member(arm="a", seed=0, fingerprint="", status="finished", result=result, evaluation={})
+    assert member.metric_value("seconds") == 15.0 and member.metric_value("tokens_per_second") == 400.0
+    assert member.metric_value("run_seconds") == 60.0 and member.compile_seconds == 5.0
+
+
+def test_the_time_left_counts_compilation_once_for_each_arm(tmp_path: Path) -> None:
+    asked = study()
+    with Claims(tmp_path) as claims:
+        queue = MemberQueue(
+            asked, tmp_path, claims, only=None, on_change=OnChange.REFUSE, earlier=tmp_path.parent
+        )
+        for expected, seconds in (
+            ("", 50.0),
+            # Two members of 50 - 20 s; of each other arm one that compiles, and two that do not.
+            (", about 4m40s left", 40.0),
+            # Two of 30 s, two of 20 s, and of the third arm what the second has shown: 40 + 2 * 20 s.
+            (", about 3m00s left", 40.0),
+            (", about 2m20s left", 25.0),
+            # Compilation has cost the first arm 50 - 25 s, and so it has the others: 25 + 4 * (40 - 25) s.
+            (", about 1m25s left", 25.0),
+        ):
+            assert queue.time_left() == expected
+            task = queue.take()
+            assert task is not None
+            queue.add_seconds(task, seconds, compiling=20.0)
+            queue.left.remove((task.arm, task.seed))
 
 
 def test_arms_of_other_programs_are_other_populations(stubs: Stubs, tmp_path: Path) -> None:
