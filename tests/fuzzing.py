@@ -45,8 +45,16 @@ from slmjax.data.tokenizers import Tokenizer
 from slmjax.evaluation.multiple_choice import read_questions
 from slmjax.models.definition import define
 from slmjax.runner.resume import is_complete
+from slmjax.studies import ablation
 from slmjax.studies.claims import Claims
+from slmjax.studies.findings import analyze_members, read_findings
+from slmjax.studies.foreign_results import choose_columns, read_columns
+from slmjax.studies.noise import read_ledger
+from slmjax.studies.results_files import read_results
+from slmjax.studies.statistics.results_table import Rules
+from slmjax.studies.stopping import read_decision
 from slmjax.studies.study import read_members
+from slmjax.studies.study_directory import StudyDirectory
 from slmjax.telemetry.report import list_runs, write_comparison, write_report
 from slmjax.telemetry.run_directory import RunDirectory, read_log, sessions
 from slmjax.training.experiment import read_experiment
@@ -273,6 +281,21 @@ def _read_best(directory: Path) -> None:
         checkpointer.close()
 
 
+def _open_study(directory: Path) -> None:
+    opened = StudyDirectory.open(directory)
+    assert opened.seeds is not None and opened.arms is not None
+    opened.matched_before(sound_files.study())
+    opened.changes_since_lock()
+    ablation._fixed_size(directory)
+
+
+def _judge(path: Path) -> None:
+    table = read_results([path])
+    columns = choose_columns(table, arm="arm", seed="seed", metric="loss", status="status", step="step")
+    results = read_columns(table, columns, baseline="1e-3", rules=Rules())
+    analyze_members(results.question, results.members)
+
+
 def _encode(directory: Path) -> None:
     tokenizer = Tokenizer.load(directory / "tokenizer")
     tokenizer.decode(tokenizer.encode("Who? äöü"))
@@ -494,6 +517,47 @@ KINDS: tuple[Kind, ...] = (
         sample=sound_files.write_claim,
         read=lambda path: (read_members(sound_files.study(), path), Claims(path).look("sound/seed-0")),
         names_file=False,
+    ),
+    Kind(
+        name="rung in a claim",
+        file="claims/sound/seed-1/2.json",
+        sample=sound_files.write_claim,
+        read=lambda path: Claims(path).look("sound/seed-1"),
+    ),
+    *(
+        Kind(
+            name=f"{file} of a study{name}",
+            file=file,
+            sample=sound_files.write_study,
+            read=read,
+            mutate=json_lines_mutation if file.endswith("l") else json_mutation,
+            names_file=False,
+        )
+        for file, name, read in (
+            ("plan.json", "", _open_study),
+            ("plan.json", ", for a verdict", lambda path: read_results([path])),
+            ("changes.jsonl", "", _open_study),
+            ("studies.json", "", _open_study),
+            ("noise.jsonl", "", lambda path: read_ledger(path / "noise.jsonl")),
+            ("findings.json", "", read_findings),
+            ("claims/rung-20.json", "", lambda path: read_decision(path, 20)),
+            ("members.jsonl", ", for a verdict", lambda path: read_results([path])),
+        )
+    ),
+    *(
+        Kind(
+            name=f"{file} of another program",
+            file=file,
+            sample=sound_files.write_results,
+            read=lambda path, file=file: _judge(path / file),
+            mutate=mutate,
+            names_file=False,
+        )
+        for file, mutate in (
+            ("results.csv", byte_mutation),
+            ("results.json", json_mutation),
+            ("results.jsonl", json_lines_mutation),
+        )
     ),
     *(
         Kind(

@@ -28,7 +28,12 @@ from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.quantization.rules import QuantPhase, QuantRule
 from slmjax.studies.arms import Arm
 from slmjax.studies.claims import Claims
-from slmjax.studies.study import Study, member_fingerprint
+from slmjax.studies.design import Dimension, Quantity
+from slmjax.studies.findings import analyze, write_findings
+from slmjax.studies.matching import Matched
+from slmjax.studies.noise import NoiseRecord
+from slmjax.studies.study import Study, member_fingerprint, read_members
+from slmjax.studies.study_directory import StudyDirectory
 from slmjax.telemetry.run_directory import write_json
 from tests import tiny
 
@@ -275,6 +280,53 @@ def write_claim(directory: Path) -> None:
         claim = claims.take(claims.look("sound/seed-0"))
         assert claim is not None
         claim.record(member)
+        waiting = claims.take(claims.look("sound/seed-1"))
+        assert waiting is not None
+        waiting.release(rung={"step": 20, "value": "inf", "fingerprint": "a"})
+
+
+def write_study(directory: Path) -> None:
+    """Write the directory of a study with its members, its findings and all else that it has."""
+    write_members(directory)
+    asked = study()
+    choice = Matched(
+        arm="b",
+        quantity=Quantity.PARAMETERS,
+        dimension=Dimension.WIDTH,
+        target=1e3,
+        before=2e3,
+        after=1e3,
+        value_before=32,
+        value_after=16,
+        tolerance=0.01,
+        changes={"model.embed_dim": 16},
+    )
+    fixed = StudyDirectory.create(directory, asked, matched=(choice,))
+    longer = dataclasses.replace(asked, seeds=(0, 1, 2))
+    StudyDirectory.create(directory, longer, asked=asked, matched=(choice,))
+    assert fixed.changes_since_lock()
+    findings = analyze(asked, read_members(asked, directory))
+    write_findings(findings, directory)
+    record = NoiseRecord(
+        key="a", study="fuzzing", arm="a", metric="loss", deviation=0.1, degrees_of_freedom=2, noisy=False
+    )
+    write_lines(directory, "noise.jsonl", [{"kind": "noise", "time": 1.0, **dataclasses.asdict(record)}])
+    write_json(directory / "studies.json", {"size": "small", "studies": {}})
+    rung = {"metric": "loss", "means": {"a": 1.0, "b": "inf"}, "remaining": ["a"]}
+    write_json(directory / "claims" / "rung-20.json", rung)
+
+
+def write_results(directory: Path) -> None:
+    """Write results of other programs, as CSV, JSON and JSON lines."""
+    runs = [
+        {"arm": arm, "seed": seed, "step": 9, "status": "finished", "loss": loss + seed / 8}
+        for arm, loss in (("0.001", 1.5), ("2e-3", 1.25))
+        for seed in (0, 1, 2)
+    ]
+    lines = [",".join(runs[0]), *(",".join(map(str, run.values())) for run in runs)]
+    (directory / "results.csv").write_text("\n".join(lines) + "\n")
+    (directory / "results.json").write_text(json.dumps(runs))
+    write_lines(directory, "results.jsonl", runs)
 
 
 def write_rows(directory: Path) -> None:

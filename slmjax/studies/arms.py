@@ -8,7 +8,9 @@ derived = Derived(name="rounded", source="full precision", derivation=RoundToNea
 
 import abc
 import dataclasses
+import hashlib
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,23 @@ _FILES = frozenset((".json", ".jsonl", ".html", ".md", ".tex", ".csv", ".svg", "
 
 
 def directory_name(name: str) -> str:
-    """Convert an arm's name to a valid directory name.
+    """Convert an arm's name, which may be any text that can be printed, to a valid directory name.
+
+    Letters outside ASCII are replaced by a part of a hash of the name: "β=0.9" is 0.9-5a2f1c03, say.
 
     Raises:
-      ValueError: nothing of it is left, it is too long, or it is that of a file of a study.
+      ValueError: it is empty, cannot be printed, is too long, or is that of a file of a study.
     """
+    check_printable(name, what="an arm's or a study's name")
+    if not name.strip():
+        raise ValueError(f"an arm or a study is named {name!r}: give it a name that can be seen")
+    # A letter with its accent may be one character or two.
+    composed = unicodedata.normalize("NFC", name)
     # Names are free text for tables; file systems refuse some of their characters.
-    if not (valid := re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.")):
-        raise ValueError(f"an arm is named {name!r}: give it a name with letters or digits")
+    valid = re.sub(r"[^A-Za-z0-9._]+", "-", composed).strip("-.")
+    if not valid or any(character.isalnum() and not character.isascii() for character in composed):
+        digest = hashlib.sha256(composed.encode()).hexdigest()[:8]
+        valid = f"{valid}-{digest}".lstrip("-")
     if len(valid) > LONGEST:
         raise ValueError(
             f"{name[:40]!r}... is a name of {len(valid)} characters, which many file systems refuse: give "
@@ -40,11 +51,20 @@ def directory_name(name: str) -> str:
     return valid
 
 
+def check_printable(text: str, *, what: str) -> None:
+    """Raise ValueError if a text has a character that cannot be printed, such as half of a surrogate pair."""
+    for character in text:
+        if not character.isprintable():
+            raise ValueError(
+                f"{what} is {text!r}, and U+{ord(character):04X} in it cannot be printed: leave it out"
+            )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
     """An arm that is trained."""
 
-    name: str  # shown in tables; its letters, digits and dots name the directory of its runs
+    name: str  # shown in tables; any text, and the directory of its runs is named after it
     # the same for all seeds, or a function of the seed (none: the base of the study); with `after`, of the
     # seed and of the directory of the run that the arm builds on
     experiment: Experiment | Callable[..., Experiment] | None = None

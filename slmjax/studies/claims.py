@@ -38,7 +38,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from slmjax.stored_json import read_object
+from slmjax.stored_json import DamagedFile, check_object, read_object
 from slmjax.telemetry.run_directory import plain
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ _OPTIONAL = {
     "rung": dict,
 }
 _REMEDY = "delete it, and the member is trained again or read from its run"
+LONGEST = 30 * 86400.0  # seconds of a lease: a thread cannot wait for ever
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -76,10 +77,10 @@ class Lease:
 
     def __post_init__(self) -> None:
         # A late heartbeat, as on a busy file server, must not cost the claim.
-        if not 0 < self.heartbeat <= self.seconds / 3:
+        if not 0 < self.heartbeat <= self.seconds / 3 or self.seconds > LONGEST:
             raise ValueError(
                 f"the lease is {self.seconds} s with a heartbeat every {self.heartbeat} s: give a lease of "
-                "at least 3 heartbeats"
+                f"at least 3 heartbeats and at most {LONGEST:,.0f} s"
             )
 
 
@@ -161,7 +162,16 @@ def _events(chain: Path) -> list[int]:
 
 
 def _read_event(chain: Path, number: int) -> dict[str, Any]:
-    return read_object(chain / f"{number}.json", _FIELDS, optional=_OPTIONAL, remedy=_REMEDY)
+    path = chain / f"{number}.json"
+    event = read_object(path, _FIELDS, optional=_OPTIONAL, remedy=_REMEDY)
+    if (rung := event.get("rung")) is not None:
+        check_object(rung, {"step": int}, name=f"'rung' of {path}", remedy=_REMEDY)
+        try:
+            # Infinities are texts.
+            float(rung.get("value"))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise DamagedFile(f"'rung' of {path} has no number as 'value': {_REMEDY}") from error
+    return event
 
 
 def recorded_members(directory: Path) -> list[tuple[Path, dict[str, Any]]]:

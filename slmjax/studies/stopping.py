@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slmjax.stored_json import read_object
+from slmjax.stored_json import DamagedFile, read_object
 from slmjax.studies.claims import CLAIMS, create_once
 
 
@@ -85,11 +85,17 @@ def read_decision(directory: Path, step: int) -> Decision | None:
       DamagedFile: its file cannot be read.
     """
     fields = {"metric": str, "means": dict, "remaining": list}
+    remedy = "delete it, and it is made again"
+    path = _path(directory, step)
     try:
-        content = read_object(_path(directory, step), fields, remedy="delete it, and it is made again")
+        content = read_object(path, fields, remedy=remedy)
     except FileNotFoundError:
         return None
-    means = {arm: float(mean) for arm, mean in content["means"].items()}
+    try:
+        # Infinities are texts.
+        means = {arm: float(mean) for arm, mean in content["means"].items()}
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DamagedFile(f"{path} has a mean that is no number: {remedy}") from error
     return Decision(step=step, metric=content["metric"], means=means, remaining=tuple(content["remaining"]))
 
 

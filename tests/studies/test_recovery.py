@@ -184,8 +184,8 @@ def test_what_is_made_of_nothing_is_refused() -> None:
     late = Derived(name="rounded", source="full", derivation=Rounded())
     with pytest.raises(ValueError, match="'rounded' is derived from 'full', which is not an arm before it"):
         Study(name="s", arms=(late, arm), seeds=(0,), baseline="full")
-    with pytest.raises(ValueError, match="give it a name with letters or digits"):
-        Derived(name="--", source="full", derivation=Rounded())
+    with pytest.raises(ValueError, match="give it a name that can be seen"):
+        Derived(name=" ", source="full", derivation=Rounded())
 
 
 # The report -------------------------------------------------------------------------------------------------

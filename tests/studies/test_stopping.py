@@ -11,6 +11,7 @@ import pytest
 from slmjax.runner import trainer
 from slmjax.studies import Arm, Lease, Study, SuccessiveHalving, analyze, read_members, run_study
 from slmjax.studies.stopping import decide, read_decision
+from slmjax.studies.study_directory import StudyDirectory
 from slmjax.telemetry.run_directory import RunDirectory, read_log
 from slmjax.training.experiment import Experiment
 from tests.one_layer import one_layer
@@ -42,6 +43,18 @@ def halved(**changes: Any) -> Study:
     stopping = SuccessiveHalving(rungs=(10, 20), keep=0.5)
     settings: dict[str, Any] = {"name": "halved", "arms": arms(), "seeds": (0, 1), "baseline": "base"}
     return Study(**{**settings, "stopping": stopping, **changes})
+
+
+def test_it_is_off_unless_a_study_asks_for_it_and_recorded(tmp_path: Path) -> None:
+    """Also where it is turned on or off later."""
+    whole = halved(stopping=None)
+    assert Study(name="a", arms=arms(), seeds=(0,), baseline="base").stopping is None
+    assert StudyDirectory.create(tmp_path / "whole", whole).plan["settings"]["stopping"] is None
+    directory = StudyDirectory.create(tmp_path / "halved", halved())
+    assert directory.plan["settings"]["stopping"] == {"rungs": [10, 20], "keep": 0.5}
+    StudyDirectory.create(tmp_path / "halved", whole)
+    (change,) = directory.changes_since_lock()
+    assert change.what == ('stopping was {"rungs": [10, 20], "keep": 0.5}, now null',)
 
 
 @dataclasses.dataclass

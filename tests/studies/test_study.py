@@ -205,15 +205,27 @@ def test_what_makes_no_study_is_refused() -> None:
         ("a" * 201, "is a name of 201 characters"),
         ("Findings.json", "may be the name of a file of the study"),
         ("../claims", "may be the name of a file of the study"),
+        (" ", "give it a name that can be seen"),
+        ("half \ud800", r"U[+]D800 in it cannot be printed: leave it out"),
+        ("two\nlines", r"U[+]000A in it cannot be printed"),
     ):
         with pytest.raises(ValueError, match=message):
             Arm(name=name)
-    with pytest.raises(ValueError, match="with letters or digits"):
-        Arm(name="...", experiment=experiment())
+    with pytest.raises(ValueError, match="the study's question is .* cannot be printed"):
+        study(question="Is \udfff better?")
     with pytest.raises(ValueError, match="tolerance is 2"):
         Budget(tolerance=2)
     with pytest.raises(ValueError, match="is not an arm of the study. Did you mean 'third'"):
         study().arm("thrid")
+
+
+def test_names_without_latin_letters_have_directories_of_their_own() -> None:
+    names = ("fast & loose", "β=0.9", "γ=0.9", "深い", "→", "é", "e\u0301")
+    directories = [Arm(name=name, experiment=experiment()).directory for name in names]
+    assert directories[0] == "fast-loose" and directories[1].startswith("0.9-")
+    assert all(name.isascii() and len(name) >= 8 for name in directories)
+    # The last two are one character, typed in two ways.
+    assert len(set(directories)) == 6 and directories[-2] == directories[-1]
 
 
 # Real training ----------------------------------------------------------------------------------------------
