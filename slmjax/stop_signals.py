@@ -11,6 +11,9 @@ collective is a single one that may take minutes. So a second thread receives ev
 the process if the main thread does not end in time, and at a second signal. Python drops what a handler
 raises inside a callback of the garbage collector or a `__del__`; such a signal is sent once more.
 
+A shell sets SIGINT to be ignored in what a script starts in the background. It is handled all the same: a
+script that is stopped with Ctrl-C should not leave workers behind.
+
 Of several processes, each also hears of the signals of the others (`parallel/processes.py`).
 """
 

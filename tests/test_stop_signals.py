@@ -44,6 +44,18 @@ def outcome(tmp_path: Path, program: str, *signals: signal.Signals) -> tuple[int
     return process.returncode, "".join(lines) + output, errors
 
 
+def test_a_command_in_the_background_of_a_script_hears_sigint_too() -> None:
+    """Its shell has set the signal to be ignored, and so it is again afterwards."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals(), pytest.raises(Stopped, match="stopped by SIGINT"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 # The main thread is in one call of C for longer than any test, as in a compilation.
 STUCK = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
 
