@@ -229,7 +229,7 @@ def test_a_study_has_its_settings_as_columns(tmp_path: Path) -> None:
     # A member that failed left no run that says so: its settings are those of the plan.
     assert [member.status for member in results.members] == ["finished"] * 3 + ["failed"] + ["finished"] * 2
     # A path with stars, as in an arm's changes.
-    with pytest.raises(ValueError, match="has one arm by the column model.stack.0.pattern.0.mixer.num_heads"):
+    with pytest.raises(ValueError, match="are both of arm 4, seed 0: they differ in optim.lr."):
         read(tmp_path / "moved", arm="model.stack.*.pattern.*.mixer.num_heads", baseline="4")
     with pytest.raises(ValueError, match="has several values of a.[*]: a.x = 1, a.y = 2. Name one of these"):
         (tmp_path / "runs.jsonl").write_text('{"a": {"x": 1, "y": 2}, "seed": 0, "loss": 1}\n')
