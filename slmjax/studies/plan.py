@@ -258,7 +258,7 @@ def _noise(
     )
     if ledger is not None:
         source += (
-            f". There are no such runs in {_shown(ledger)} yet, where studies that finish beside this one "
+            f". There are no such runs in {_shown(ledger)} yet, where finished studies of the same directory "
             "record what they measured"
         )
     return relative * value, source, True

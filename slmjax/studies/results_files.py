@@ -247,8 +247,8 @@ def _is_study(path: Path) -> bool:
 
 def _studies_below(path: Path) -> list[Path]:
     """Return the studies in a directory, without those that tune another one and lie in its directory."""
-    found = sorted({file.parent for name in (PLAN, MEMBERS) for file in path.rglob(name)})
-    return [study for study in found if not any(parent in found for parent in study.parents)]
+    studies = sorted({file.parent for name in (PLAN, MEMBERS) for file in path.rglob(name)})
+    return [study for study in studies if not any(parent in studies for parent in study.parents)]
 
 
 def _runs_below(path: Path, studies: Sequence[Path]) -> list[Path]:

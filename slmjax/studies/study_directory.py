@@ -337,7 +337,7 @@ class StudyDirectory:
         try:
             return tuple(from_json(Matched, choice) for choice in choices)
         except ValueError as error:
-            raise DamagedFile(f"'matched' of {self.path / PLAN}: {error}. To go on, {_REMEDY}") from error
+            raise DamagedFile(f"'matched' of {self.path / PLAN}: {error}. Way out: {_REMEDY}") from error
 
     def changes_since_lock(self) -> tuple[Change, ...]:
         """Return the changes after the study was fixed, oldest first."""
