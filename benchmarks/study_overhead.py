@@ -8,7 +8,8 @@ study by `run_study`, as a worker with a claim and a sign of life every second, 
 default. Each round begins with the other one. The study has a seed more in every round, so that its queue and
 its records grow as in a long study. Prints the median over the rounds of member / bare - 1 in seconds of wall
 time, with the middle half of the rounds and a 95 % interval of the geometric mean (Student's t on the
-logarithms of the ratios). The first round compiles and is left out.
+logarithms of the ratios), and the median in seconds of processor time, in which other programs on the same
+cores count for little, but neither does waiting. The first round compiles and is left out.
 """
 
 import dataclasses
@@ -39,15 +40,16 @@ from slmjax.training.experiment import Experiment  # noqa: E402
 LEASE = Lease(seconds=30, heartbeat=1)
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    """Return the wall time of a call."""
+def seconds_of(work: Callable[[], object]) -> tuple[float, float]:
+    """Return the wall time of a call, and the processor time of this process during it."""
     started = time.perf_counter()
+    used = time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - used
 
 
-def measure(experiment: Experiment, *, rounds: int, scratch: Path) -> list[tuple[float, float]]:
-    """Return the seconds of the member and of the bare run in each round."""
+def measure(experiment: Experiment, *, rounds: int, scratch: Path) -> np.ndarray:
+    """Return seconds [round, (member, bare run), (wall time, processor time)]."""
     quiet = Console(file=io.StringIO())
     pairs = []
     for seed in range(rounds + 1):
@@ -66,7 +68,7 @@ def measure(experiment: Experiment, *, rounds: int, scratch: Path) -> list[tuple
         order = (bare, member) if seed % 2 else (member, bare)
         seconds = {work: seconds_of(work) for work in order}
         pairs.append((seconds[member], seconds[bare]))
-    return pairs[1:]
+    return np.array(pairs[1:])
 
 
 def main() -> None:
@@ -82,17 +84,21 @@ def main() -> None:
         Experiment, argv, default=recipes.load_experiment(name), command=name, description=__doc__
     )
     with tempfile.TemporaryDirectory() as scratch:
-        pairs = measure(experiment, rounds=rounds, scratch=Path(scratch))
-    ratios = np.array([member / bare for member, bare in pairs])
+        seconds = measure(experiment, rounds=rounds, scratch=Path(scratch))
+    ratios = seconds[:, 0, 0] / seconds[:, 1, 0]
+    of_processor = np.median(seconds[:, 0, 1] / seconds[:, 1, 1]) - 1
     logs = np.log(ratios)
     half = scipy.stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
     low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)) - 1
-    bare = np.median([seconds for _, seconds in pairs])
-    print("| experiment | device | bare run | overhead, median | middle half | mean, 95 % interval |")
+    bare = np.median(seconds[:, 1, 0])
+    print(
+        "| experiment | device | bare run | overhead, median | middle half | mean, 95 % interval | "
+        "in processor time |"
+    )
     print(
         f"| {name}, {experiment.run.steps} steps, {rounds} rounds | {jax.devices()[0].device_kind} | "
         f"{bare:.2f} s | {middle:.1%} | {low:.1%} to {high:.1%} | {math.expm1(logs.mean()):.1%}, "
-        f"{math.expm1(logs.mean() - half):.1%} to {math.expm1(logs.mean() + half):.1%} |"
+        f"{math.expm1(logs.mean() - half):.1%} to {math.expm1(logs.mean() + half):.1%} | {of_processor:.1%} |"
     )
 
 

@@ -37,20 +37,34 @@ SUBLAYER_OUTPUTS = {
 }
 
 
-def folded(local_model: LocalModel) -> LocalModel:
+def folded(local_model: LocalModel, *, keeps_codes: bool = True) -> LocalModel:
     """Return the model with multipliers in its weights.
 
+    Args:
+      local_model: the model.
+      keeps_codes: whether quantized weights are written as codes; otherwise they are dequantized, and so can
+        be multiplied.
+
     Raises:
-      ValueError: a weight that would be multiplied is quantized.
+      ValueError: a mixer has no place for multipliers, or codes are kept and a weight that would be
+        multiplied is quantized.
     """
     config = canonical(local_model.config)
+    for block in config.blocks():
+        if not isinstance(block.mixer, AttentionConfig | LatentAttentionConfig):
+            raise ValueError(
+                f"multipliers of parameterization={local_model.config.parameterization.value} cannot become "
+                f"part of the weights of {type(block.mixer).__name__}, which no other format has: export a "
+                "model with attention or latent attention alone"
+            )
     factors = {path: factor for path, factor in _factors(config) if factor != 1.0}
-    if quantized := sorted(set(factors) & set(local_model.formats)):
+    quantized = sorted(set(factors) & set(local_model.formats)) if keeps_codes else []
+    if quantized:
         raise ValueError(
             f"{quantized[0]} is quantized, so that the multiplier {factors[quantized[0]]:g} of "
             f"parameterization={local_model.config.parameterization.value} cannot become part of it: export "
-            "as a family with multipliers (Granite, without norms of queries and keys), or leave this weight "
-            "in floating point"
+            "as a family with multipliers (Granite, without norms of queries and keys), leave this weight in "
+            "floating point, or write dequantized weights (--dtype f32)"
         )
     is_centered = config.norm_kind is NormKind.CENTERED_RMS
 

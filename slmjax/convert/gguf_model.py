@@ -208,11 +208,14 @@ def write_model(
     """
     if out.exists():
         raise ValueError(f"{out} exists already: choose another name, or delete it first")
+    # An explicit float32 asks for dequantized weights.
+    in_codes = bool(local_model.formats) and dtype != np.float32
     export, local_model = choose_export(
         local_model,
         GGUF_FAMILIES,
         format_name="GGUF",
         preferred=GGUF_NAMES.get(local_model.family or "", local_model.family),
+        keeps_codes=in_codes,
         # Numbers read back from float32 metadata differ in the last digits.
         tolerance=TOLERANCE,
     )
@@ -240,8 +243,6 @@ def write_model(
         for name, array in export.settings.items()
         if name in EXTRA_TENSORS
     ]
-    # An explicit float32 asks for dequantized weights.
-    in_codes = bool(local_model.formats) and dtype != np.float32
     tensors = [*extra, *_pending(export.rules, local_model, stored, in_codes=in_codes)]
     sizes = _sizes(tensors)
     # llama.cpp only displays this type: each tensor has its own.

@@ -200,6 +200,7 @@ def write_directory(
         HF_FAMILIES,
         format_name="Hugging Face",
         preferred=HF_NAMES.get(local_model.family or "", local_model.family),
+        keeps_codes=False,
     )
     stored = np.dtype(dtype or local_model.dtype("embed/table"))
     ends = list(tokenizer.end_ids)

@@ -95,6 +95,7 @@ def choose_export(
     *,
     format_name: str,
     preferred: str | None,
+    keeps_codes: bool,
     tolerance: float = 0.0,
 ) -> tuple[FamilyExport, LocalModel]:
     """Return the first family that represents a model exactly, and the model as it is written.
@@ -106,10 +107,11 @@ def choose_export(
       families: in order of preference.
       format_name: name of the format, for messages.
       preferred: the architecture to try first.
+      keeps_codes: whether quantized weights are written as codes, which cannot be multiplied.
       tolerance: relative, of numbers that are read back, if the format rounds them.
 
     Raises:
-      ValueError: there is none, or a weight that would have to be multiplied is quantized.
+      ValueError: there is none, or codes would have to be multiplied.
     """
 
     def choose(model: ModelConfig) -> FamilyExport:
@@ -122,7 +124,7 @@ def choose_export(
     try:
         return choose(local_model.config), local_model
     except ValueError as error:
-        plain = folded(local_model)
+        plain = folded(local_model, keeps_codes=keeps_codes)
         try:
             return choose(plain.config), plain
         except ValueError as other:

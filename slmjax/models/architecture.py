@@ -114,6 +114,16 @@ class LayerGroup:
             )
 
 
+# Parts that use `ModelDims.scaling`, and for whose parameters `training/multipliers.py` has rules.
+SCALED_PARTS: tuple[type, ...] = (
+    AttentionConfig,
+    DifferentialAttentionConfig,
+    LatentAttentionConfig,
+    MlpConfig,
+    MoeConfig,
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only language model."""
@@ -231,8 +241,8 @@ class ModelConfig:
         # A layer of another kind would silently train with factors that are not its own.
         for block in dict.fromkeys(block for group in self.stack for block in group.pattern):
             for part in (*innermost(block.mixer), block.ffn):
-                if part is not None and type(part) not in PARTS:
-                    known = ", ".join(cls.__name__ for cls in PARTS)
+                if part is not None and type(part) not in SCALED_PARTS:
+                    known = ", ".join(cls.__name__ for cls in SCALED_PARTS)
                     raise ValueError(
                         f"parameterization={kind.value} has rules for {known}, not for "
                         f"{type(part).__name__}: set parameterization=standard"

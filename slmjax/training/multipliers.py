@@ -80,11 +80,19 @@ def multipliers_of(
       is_orthogonalized: whether Muon takes the parameter.
 
     Raises:
-      ValueError: Muon takes a parameter that is no matrix between two hidden layers.
+      ValueError: the parameter's role is unknown, or Muon takes one that is no matrix between two hidden
+        layers.
     """
     if scaling.kind is Parameterization.STANDARD:
         return Multipliers()
     role = role_of(path, num_dims=num_dims)
+    is_in_block = path.startswith(("segments/", "layers/"))
+    if role is Role.HIDDEN and not is_in_block:
+        # Another table outside the layers would silently train with the rate of a hidden matrix.
+        raise ValueError(
+            f"parameterization={scaling.kind.value} has no rule for {path}: set "
+            "model.parameterization=standard"
+        )
     if is_orthogonalized:
         if role is not Role.HIDDEN:
             raise ValueError(
@@ -94,7 +102,6 @@ def multipliers_of(
         return Multipliers()
     eps = 1.0
     if scaling.kind is Parameterization.COMPLETEP and role is not Role.QUANTIZER:
-        is_in_block = path.startswith(("segments/", "layers/"))
         eps = 1.0 / (scaling.width * scaling.depth) if is_in_block else 1.0 / scaling.width
     if role in (Role.HIDDEN, Role.ROUTER):
         return Multipliers(learning_rate=1.0 / scaling.width, weight_decay=scaling.width, eps=eps)

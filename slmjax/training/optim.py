@@ -247,9 +247,11 @@ def parameter_groups(
 
 def _group(config: OptimConfig, path: str, num_dims: int, scaling: Scaling) -> Group:
     optimizer = config.kind
-    if optimizer is Optimizer.MUON and (num_dims != 2 or _matches(config.muon_exclude, path)):
-        # Muon orthogonalises a matrix between two hidden spaces. Vectors have no such form, and embedding and
-        # head map tokens, for which its author recommends AdamW.
+    if optimizer is Optimizer.MUON and (
+        num_dims != 2 or is_sign(path) or _matches(config.muon_exclude, path)
+    ):
+        # Muon orthogonalises a matrix between two hidden spaces. Vectors have no such form, embedding and
+        # head map tokens, for which its author recommends AdamW, and signs of scales are not trained.
         optimizer = Optimizer.ADAMW
     # Norm scales and biases are vectors: decay would only drive scales to 0.
     decays = num_dims >= 2 and not _matches(config.no_decay, path)

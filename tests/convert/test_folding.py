@@ -17,7 +17,7 @@ from slmjax.convert.folding import folded
 from slmjax.convert.import_export import Target, export_model, import_model
 from slmjax.convert.source import choose_export
 from slmjax.formats.presets import preset
-from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig, NormPlacement
+from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig, NormPlacement, stack_of
 from slmjax.models.canonical_form import canonical
 from slmjax.models.decoder import logits
 from slmjax.models.definition import define, restack, unstack
@@ -25,6 +25,7 @@ from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.layers import NormKind
 from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
+from slmjax.models.mixers.differential import DifferentialAttentionConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.models.parameterization import Parameterization
 from tests.convert.synthetic import write_model
@@ -118,15 +119,21 @@ def test_family_with_multipliers(tmp_path):
     local = open_local_model(scaled_directory(tmp_path, "granite"))
     for families, name in ((HF_FAMILIES, "GraniteForCausalLM"), (GGUF_FAMILIES, "granite")):
         export, as_written = choose_export(
-            local, families, format_name="this", preferred=None, tolerance=1e-6
+            local, families, format_name="this", preferred=None, keeps_codes=True, tolerance=1e-6
         )
         assert export.family.architecture == name
         assert as_written is local
 
 
-def test_quantized_weights_are_refused(tmp_path):
+def test_what_cannot_be_multiplied_is_refused(tmp_path):
     local = open_local_model(scaled_directory(tmp_path, "qwen3"))
     name = "layers/0/ffn/down/weight"
     quantized = dataclasses.replace(local, formats={name: StoredFormat(spec=preset("q8_0"), axis=0)})
     with pytest.raises(ValueError, match=f"{name} is quantized, so that the multiplier 0.25 of parameteriz"):
         folded(quantized)
+    layers = stack_of([BlockConfig(mixer=DifferentialAttentionConfig(num_heads=2), ffn=None)])
+    with pytest.raises(ValueError, match="cannot become part of the weights of DifferentialAttentionConfig"):
+        folded(dataclasses.replace(local, config=dataclasses.replace(local.config, stack=layers)))
+    # Dequantized numbers can be multiplied.
+    plain = folded(quantized, keeps_codes=False)
+    np.testing.assert_allclose(plain.read(name), 0.25 * local.read(name), rtol=1e-6)

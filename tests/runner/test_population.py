@@ -23,6 +23,7 @@ from slmjax.formats.presets import preset
 from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.models.parameterization import Parameterization
 from slmjax.parallel.mesh import MeshConfig
 from slmjax.quantization.estimators import LearnedScale
 from slmjax.quantization.rules import QuantConfig, QuantPhase, QuantRule
@@ -41,7 +42,13 @@ DIVERGES = 3e38  # a rate whose first updates are beyond float32
 
 def member(directory: Path, text: Path, *, seed: int, lr: float) -> Experiment:
     return Experiment(
-        model=ModelConfig(embed_dim=16, context_length=16, stack=(LayerGroup(pattern=(BLOCK,)),)),
+        model=ModelConfig(
+            embed_dim=16,
+            context_length=16,
+            stack=(LayerGroup(pattern=(BLOCK,)),),
+            parameterization=Parameterization.MUP,
+            base_width=8,
+        ),
         data=DataConfig(
             path=str(text),
             split=Split.TAIL,

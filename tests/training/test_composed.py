@@ -13,6 +13,7 @@ import pytest
 from slmjax.checkpoints.run_checkpoints import CheckpointConfig, Checkpointer
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.definition import define
+from slmjax.models.parameterization import Parameterization
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings
 from slmjax.training.metrics import gradient_groups, gradient_norms
@@ -24,6 +25,13 @@ from tests.training.test_step import OPTIM, build, make_batch
 LENGTH = 16
 MESH = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
 CONFIG = composed_model(vocab_size=40, vocab_multiple=8)
+# Wider and deeper than its base, with larger heads.
+SCALED = {
+    "parameterization": Parameterization.COMPLETEP,
+    "base_width": 16,
+    "base_depth": 1,
+    "base_head_dim": 4,
+}
 
 
 @functools.cache
@@ -152,8 +160,8 @@ def test_gradient_norms_are_by_layer_and_module():
 
 @pytest.mark.composes("mesh", "experts", "accumulation", "resume")
 def test_training_on_a_mesh_equals_one_device_and_resumes_to_the_bit(tmp_path):
-    """Two steps of two parts each; experts, heads and rows divided."""
-    config = composed_model(repeats=1, vocab_size=61, vocab_multiple=8)
+    """Two steps of two parts each, with CompleteP; experts, heads and rows divided."""
+    config = composed_model(repeats=1, vocab_size=61, vocab_multiple=8, **SCALED)
     optim = dataclasses.replace(OPTIM, accumulation_steps=2, ema_decay=None)
     alone = build(config, optim=optim)
     divided = build(config, optim=optim, mesh=MESH, num_devices=8)

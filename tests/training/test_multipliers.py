@@ -132,9 +132,22 @@ def test_decay_does_not_depend_on_width():
         assert not np.any(updates["embed/table"]) and not np.any(updates[f"{BLOCK}/mixer_norm/scale"])
 
 
+def test_muon_leaves_parameters_of_number_formats_alone():
+    """By default: log-scales and signs have two dims, but are no matrices."""
+    names = ("log_scale", "offset", "sign")
+    params = {f"{BLOCK}/mixer/query/weight/{name}": np.zeros((2, 4, 4)) for name in names}
+    groups = parameter_groups(settings(Optimizer.MUON), params, scaling=MUP)
+    assert {group.optimizer for group in groups.values()} == {Optimizer.ADAMW}
+    assert {group.multipliers for group in groups.values()} == {Multipliers()}
+
+
 def test_refusals():
     params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in SHAPES.items()}
     with pytest.raises(ValueError, match=r"mup has no rule for optim.kind=adafactor: use adamw"):
         make_optimizer(settings(Optimizer.ADAFACTOR), params, total_steps=10, scaling=MUP)
     with pytest.raises(ValueError, match=r"no rule for embed/table with muon: add a pattern"):
         parameter_groups(settings(Optimizer.MUON, muon_exclude=()), params, scaling=MUP)
+    with pytest.raises(
+        ValueError, match=r"mup has no rule for per_layer/table: set model.parameterization=s"
+    ):
+        multipliers_of("per_layer/table", num_dims=2, scaling=MUP)

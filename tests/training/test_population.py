@@ -13,6 +13,7 @@ from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.models.parameterization import Parameterization
 from slmjax.parallel.batches import place_batch, place_batches
 from slmjax.parallel.mesh import MeshConfig, make_mesh, population_mesh
 from slmjax.training.experiment import Experiment, RunConfig
@@ -23,8 +24,12 @@ from slmjax.training.programs import make_programs
 
 ATTENTION = AttentionConfig(num_heads=2)
 EXPERTS = MoeConfig(num_experts=4, hidden_dim=16, capacity_factor=0.8, balance_weight=0.1)
+# Twice as wide as its base: members have the factors of CompleteP, next to numbers of their own.
 DENSE = ModelConfig(
     embed_dim=16,
+    parameterization=Parameterization.COMPLETEP,
+    base_width=8,
+    base_depth=1,
     context_length=16,
     vocab_size=61,
     stack=(LayerGroup(pattern=(BlockConfig(mixer=ATTENTION, ffn=MlpConfig(hidden_dim=16)),)),),

@@ -86,7 +86,7 @@ class Compiled:
 def build(config=MIXED, *, optim=OPTIM, mesh=MeshConfig(), num_devices=1) -> Compiled:  # noqa: B008  # it is frozen
     mesh = make_mesh(mesh, jax.devices()[:num_devices])
     definition = define(config)
-    optimizer = make_optimizer(optim, definition.params, total_steps=TOTAL_STEPS)
+    optimizer = make_optimizer(optim, definition.params, total_steps=TOTAL_STEPS, scaling=config.scaling)
     shapes = state_shapes(definition, optimizer, with_ema=optim.ema_decay is not None, mesh=mesh)
     train_step = step.make_train_step(
         definition,

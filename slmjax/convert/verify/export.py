@@ -165,7 +165,8 @@ def _as_written(local_model: LocalModel, file_config: ModelConfig) -> LocalModel
     theirs = canonical(file_config)
     if not differences(canonical(local_model.config), theirs, tolerance=TOLERANCE):
         return local_model
-    plain = folded(local_model)
+    # Codes of a weight that would have to be multiplied are found to differ, by their values.
+    plain = folded(local_model, keeps_codes=False)
     return local_model if differences(canonical(plain.config), theirs, tolerance=TOLERANCE) else plain
 
 
