@@ -395,6 +395,13 @@ def test_verdicts_in_words() -> None:
         "would). Worse than base: wide."
     )
     assert short_summary(report) == "better: deep; equal: narrow; not resolved: odd; worse: wide"
+    pair = dataclasses.replace(report.comparisons[1], arm="deep, thin", against="wide")
+    with_pair = dataclasses.replace(report, comparisons=(*report.comparisons[:2], pair))
+    assert (
+        summary(with_pair)
+        == "Better than base: deep. Worse than base: wide. “deep, thin” against wide: worse."
+    )
+    assert short_summary(with_pair) == "better: deep; worse: wide, “deep, thin” against wide"
     lost = losers(report)
     assert lost[0].startswith("wide is worse than base: +0.039")
     assert lost[1].startswith("base loses to deep (−0.0")

@@ -54,11 +54,17 @@ def summary(report: StudyReport) -> str:
     """Return the verdicts as sentences, with the names of all arms."""
     if not report.comparisons:
         return "There is no comparison yet."
+    of_baseline = [item for item in report.comparisons if item.against == report.baseline]
     sentences = []
     for verdict in VERDICTS:
-        names = [_named(report, item) for item in report.comparisons if _verdict(item) == verdict]
+        names = [_named(report, item) for item in of_baseline if _verdict(item) == verdict]
         if names:
             sentences.append(f"{_headline(report, verdict)}: {', '.join(names)}.")
+    # Pairs without the baseline have a sentence each.
+    for item in report.comparisons:
+        if item.against != report.baseline:
+            arm, against = (_quoted(name) for name in (item.arm, item.against))
+            sentences.append(f"{arm} against {against}: {verdict_text(report, item)}.")
     return " ".join(sentences)
 
 
@@ -89,7 +95,7 @@ def short_summary(report: StudyReport) -> str:
     """Return the verdicts for a heading: names of few arms, else their number."""
     parts = []
     for verdict in VERDICTS:
-        names = [comparison_name(report, item) for item in report.comparisons if _verdict(item) == verdict]
+        names = [_short_name(report, item) for item in report.comparisons if _verdict(item) == verdict]
         if names:
             parts.append(f"{verdict}: {', '.join(names) if len(names) <= MOST_NAMES else len(names)}")
     return "; ".join(parts) or "no verdict yet"
@@ -99,8 +105,18 @@ def _verdict(comparison: ComparisonReport) -> str:
     return NO_RESULT if comparison.difference is None else comparison.verdict
 
 
+def _short_name(report: StudyReport, comparison: ComparisonReport) -> str:
+    arm, against = (_quoted(name) for name in (comparison.arm, comparison.against))
+    return arm if comparison.against == report.baseline else f"{arm} against {against}"
+
+
+def _quoted(name: str) -> str:
+    """Return a name in quotes if it has a comma, which would look like the end of the name in a sentence."""
+    return f"“{name}”" if "," in name else name
+
+
 def _named(report: StudyReport, comparison: ComparisonReport) -> str:
-    name = comparison_name(report, comparison)
+    name = _quoted(comparison.arm)
     if comparison.verdict == NOT_RESOLVED and comparison.seeds_needed is not None:
         return f"{name} (about {comparison.seeds_needed:,} seeds would)"
     return name
