@@ -173,7 +173,8 @@ def _tradeoff(report: StudyReport, name: str) -> tuple[Chart, str] | None:
         "type": "quantitative",
         "title": cost.axis,
         "scale": {**scale, "padding": 24},
-        "axis": {"format": ".3~s", "grid": False, "tickCount": 4},
+        # The last label is moved inward where it would be cut.
+        "axis": {"format": ".3~s", "grid": False, "tickCount": 4, "labelFlush": 16},
     }
     y: Spec = {
         "type": "quantitative",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from scipy import stats
 
 from slmjax.studies.report.data import StudyReport
-from slmjax.studies.report.sentences import BETTER, WORSE
+from slmjax.studies.report.sentences import BETTER, WORSE, quoted
 from slmjax.studies.text_tables import in_words
 
 MOST_PAIRS = 6  # pairs of arms that a sentence names; more are counted
@@ -51,7 +51,7 @@ def front_text(report: StudyReport, choices: Sequence[Choice], *, cost: str) -> 
     The front is one of means. An arm next to it, or on it, may have its place by chance alone.
     """
     front = pareto_front(choices, lower_is_better=report.lower_is_better)
-    names = ", ".join(choice.name for choice in front)
+    names = ", ".join(quoted(choice.name) for choice in front)
     deciding = _deciding_pairs(front, choices, lower_is_better=report.lower_is_better)
     close = [(first, second) for first, second in deciding if not is_resolved(report, first, second)]
     if not close:
@@ -62,7 +62,7 @@ def front_text(report: StudyReport, choices: Sequence[Choice], *, cost: str) -> 
             f"Pareto front over {cost}: not resolved. By the means it is {names}, but these seeds resolve "
             f"no difference in {metric} that decides it."
         )
-    pairs = "; ".join(f"{first} and {second}" for first, second in close[:MOST_PAIRS])
+    pairs = "; ".join(f"{quoted(first)} and {quoted(second)}" for first, second in close[:MOST_PAIRS])
     further = f"; {len(close) - MOST_PAIRS} more pairs" if len(close) > MOST_PAIRS else ""
     return f"Pareto front over {cost}, by the means: {names}. Not resolved in {metric}: {pairs}{further}."
 

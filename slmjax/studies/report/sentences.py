@@ -63,7 +63,7 @@ def summary(report: StudyReport) -> str:
     # Pairs without the baseline have a sentence each.
     for item in report.comparisons:
         if item.against != report.baseline:
-            arm, against = (_quoted(name) for name in (item.arm, item.against))
+            arm, against = (quoted(name) for name in (item.arm, item.against))
             sentences.append(f"{arm} against {against}: {verdict_text(report, item)}.")
     return " ".join(sentences)
 
@@ -106,17 +106,17 @@ def _verdict(comparison: ComparisonReport) -> str:
 
 
 def _short_name(report: StudyReport, comparison: ComparisonReport) -> str:
-    arm, against = (_quoted(name) for name in (comparison.arm, comparison.against))
+    arm, against = (quoted(name) for name in (comparison.arm, comparison.against))
     return arm if comparison.against == report.baseline else f"{arm} against {against}"
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
     """Return a name in quotes if it has a comma, which would look like the end of the name in a sentence."""
     return f"“{name}”" if "," in name else name
 
 
 def _named(report: StudyReport, comparison: ComparisonReport) -> str:
-    name = _quoted(comparison.arm)
+    name = quoted(comparison.arm)
     if comparison.verdict == NOT_RESOLVED and comparison.seeds_needed is not None:
         return f"{name} (about {comparison.seeds_needed:,} seeds would)"
     return name
