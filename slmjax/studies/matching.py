@@ -23,6 +23,8 @@ from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.models.mixers.differential import DifferentialAttentionConfig
+from slmjax.models.protocols import innermost
 from slmjax.runner.step_time import time_training
 from slmjax.studies.arms import Arm
 from slmjax.studies.changes import with_changes
@@ -411,9 +413,12 @@ def _width_unit(experiment: Experiment) -> int:
 def _embed_unit(experiment: Experiment) -> int:
     """Return the multiple of the model's width: heads that follow it have an even number of dims."""
     unit = _width_unit(experiment)
-    for block in experiment.model.blocks():
-        if isinstance(block.mixer, AttentionConfig) and block.mixer.head_dim is None:
-            unit = math.lcm(unit, 2 * block.mixer.num_heads)
+    for mixer in (mixer for block in experiment.model.blocks() for mixer in innermost(block.mixer)):
+        if isinstance(mixer, AttentionConfig) and mixer.head_dim is None:
+            unit = math.lcm(unit, 2 * mixer.num_heads)
+        # Its heads have two queries each.
+        if isinstance(mixer, DifferentialAttentionConfig) and mixer.head_dim is None:
+            unit = math.lcm(unit, 4 * mixer.num_heads)
     return unit
 
 
