@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from slmjax.config import from_json, to_json
+from slmjax.data.documents import HeldOutBy
 from slmjax.data.synthetic_tasks import (
     SyntheticSource,
     SyntheticTask,
@@ -75,7 +76,9 @@ def test_a_source_has_the_same_documents_each_time_and_others_for_another_seed()
     documents = list(source.documents())
     assert documents == list(source.documents())
     assert {len(document.text.split()) for document in documents} == {3, 4, 5, 6}
-    assert all(document.is_record and document.prompt for document in documents)
+    assert all(document.prompt for document in documents)
+    # Held out by name: of two equal examples one may be trained on.
+    assert len({document.held_out_key(HeldOutBy.CONTENT) for document in documents}) == 40
     other = dataclasses.replace(source, seed=1)
     assert list(other.documents()) != documents
     assert other.fingerprint() != source.fingerprint() == dataclasses.replace(source).fingerprint()
