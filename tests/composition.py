@@ -1,4 +1,4 @@
-"""The table of README.md of features that are tested together, made from `@pytest.mark.composes(...)`.
+"""The table of docs/reliability.md of features that are tested together, made from `@pytest.mark.composes(...)`.
 
     python -m tests.composition     # rewrites the table
 
@@ -10,7 +10,7 @@ import itertools
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "reliability.md"
 BEGIN = "<!-- composition: python -m tests.composition -->\n"
 END = "<!-- end of composition -->"
 
@@ -72,11 +72,11 @@ def table() -> str:
 
 
 def replaced(text: str) -> str:
-    """Return the text of README.md with the table as the tests have it."""
+    """Return the text of the page with the table as the tests have it."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
 if __name__ == "__main__":
-    README.write_text(replaced(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import study_picture
+from benchmarks import readme_verdicts
 from slmjax import cli, losses
 from slmjax.cli import COMMANDS
 from slmjax.cli.fields import full_names, options_of
@@ -453,10 +453,11 @@ def test_folders_list_their_files() -> None:
 
 # README -----------------------------------------------------------------------------------------------------
 def test_the_readme_shows_what_was_recorded() -> None:
-    """Verdicts are those of the log, metrics are in RESULTS.md, the last table is that of the tests."""
+    """Verdicts are those of committed reports, metrics are in RESULTS.md."""
     text = (ROOT / "README.md").read_text()
-    assert study_picture.verdict_table(study_picture.recorded_arms()) in text
-    assert composition.replaced(text) == text
+    assert readme_verdicts.replaced(text) == text
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    assert composition.replaced(page) == page
     assert len(text.splitlines()) < 90 and text.index("docs/limits.md") < 500
     results = re.sub(r"\s+", " ", (ROOT / "benchmarks" / "RESULTS.md").read_text()).replace(" %", "%")
     measured = text.partition("## Measured")[2].partition("\n## ")[0]
@@ -481,7 +482,7 @@ def test_the_front_page_is_the_readme(site: Path) -> None:
     for line in (ROOT / "README.md").read_text().splitlines():
         if line.startswith("## "):
             assert line.removeprefix("## ") in page
-    assert "distillation-study.svg" in (site / "index.html").read_text()
+    assert "study-verdicts.svg" in (site / "index.html").read_text()
 
 
 def test_public_names_are_in_the_reference(site: Path) -> None:

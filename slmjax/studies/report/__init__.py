@@ -42,6 +42,7 @@ from slmjax.studies.report.files import (
 )
 from slmjax.studies.report.gathering import gather, report_of
 from slmjax.studies.report.planned import write_tuned
+from slmjax.studies.report.sentences import summary
 from slmjax.studies.report.verdict_charts import forest_picture
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "read_report",
     "report_of",
     "study_report",
+    "summary",
     "verdicts_markdown",
     "write_from_data",
     "write_report_files",
