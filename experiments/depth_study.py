@@ -16,7 +16,7 @@ from study_base import SIZES, base
 from slmjax.models import Parameterization
 from slmjax.studies import Arm, Dimension, LearningRates, Match, Quantity, Study
 
-RATES = (5e-3, 1e-2, 2e-2, 4e-2)  # of optim.lr; Muon's own rate is half of it, as in the base
+RATES = (1e-2, 2e-2, 4e-2)  # of optim.lr; Muon's own rate is half of it, as in the base
 MIXERS = "model.stack.*.pattern.*.mixer"
 
 

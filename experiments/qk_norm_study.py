@@ -2,8 +2,8 @@
 
     slmjax ablate experiments/qk_norm_study.py
 
-With and without the norm at the base's learning rate, at 4 times and at 16 times it: the norm bounds the
-attention scores, which otherwise grow where the rate is high. A run that diverges is a result.
+With and without the norm at the base's learning rate and at 8 times it: the norm bounds the attention scores,
+which otherwise grow where the rate is high. A run that diverges is a result.
 """
 
 from study_base import base
@@ -11,7 +11,7 @@ from study_base import base
 from slmjax.models import QkNorm
 from slmjax.studies import Arm, Study
 
-MULTIPLES = (1, 4, 16)  # of the base's learning rates
+MULTIPLES = (1, 8)  # of the base's learning rates
 
 
 def study(size: str = "small") -> Study:
