@@ -99,13 +99,13 @@ def noise_notes(outcomes: Outcomes, judged: Judged) -> list[str]:
     """Return notes on arms of unequal noise, and on comparisons whose noise is not known, or hardly."""
     metric = outcomes.question.metric
     notes = [
-        f"{arm} is noisier than the other arms (standard deviation {judged.noise.own[arm]:.3g}): its "
-        "comparisons are judged by their own differences alone."
+        f"{arm} is noisier than the other arms, apart from what seeds do to all arms (standard deviation "
+        f"{judged.noise.own[arm]:.3g}): its comparisons are judged by their own differences alone."
         for arm in judged.noise.noisy
     ]
     notes += [
-        f"{arm} may be noisier than the other arms (standard deviation {judged.noise.own[arm]:.3g}): its "
-        "comparisons are judged by their own differences alone."
+        f"{arm} may be noisier than the other arms, apart from what seeds do to all arms (standard deviation "
+        f"{judged.noise.own[arm]:.3g}): its comparisons are judged by their own differences alone."
         for arm in judged.noise.apart
         if arm not in judged.noise.noisy
     ]

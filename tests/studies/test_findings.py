@@ -222,7 +222,7 @@ def test_equal_arms_and_noisy_arms_are_named(tmp_path: Path) -> None:
     assert [item.verdict for item in findings.comparisons] == [Verdict.EQUAL, Verdict.NOT_RESOLVED]
     assert findings.noise.noisy == ("third",)
     (note,) = (note for note in findings.notes if "noisier" in note)
-    assert note.startswith("third is noisier than the other arms (standard deviation 0.")
+    assert note.startswith("third is noisier than the other arms, apart from what seeds do")
     text = findings_markdown(findings)
     assert "Equal within 0.01: fast & loose." in text
     assert "| p (closed test) | p of equality (closed test) | verdict |" in text
@@ -235,7 +235,7 @@ def test_a_study_under_way(tmp_path: Path) -> None:
     asked = three_arms()
     members = run_study(three_arms(seeds=(0,)), tmp_path, train=StubTrainer())
     findings = analyze(asked, members)
-    assert "slow, seed 2: no result yet, and left out of its pairs." in findings.notes
+    assert "slow, seeds 1, 2: no result yet, and left out of its pairs." in findings.notes
     assert all(one.verdict is Verdict.NOT_RESOLVED for one in findings.comparisons)
     assert {one.reason for one in findings.comparisons} == {"1 seed in common, and a comparison needs 2"}
     assert findings.power is None
