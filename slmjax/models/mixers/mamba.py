@@ -22,6 +22,8 @@ from slmjax.models.protocols import Mixer, MixerConfig, StateSize
 # The range of initial step sizes, log-uniform, and their lower bound.
 STEP_SIZES = (0.001, 0.1)
 SMALLEST_STEP = 1e-4
+# Of the logarithm of a rate: a state with this one is gone after a step, and its exponential is finite.
+LARGEST_LOG_RATE = 80.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,7 @@ class Mamba(Mixer):
         mixed, scan = kernels.selective_scan(
             inner,
             softplus(steps + self.step_bias[...][None, None]),
-            a=-jnp.exp(self.log_rates[...]),
+            a=-jnp.exp(jnp.minimum(self.log_rates[...], LARGEST_LOG_RATE)),
             b=_maybe(self.input_norm, self.input_matrix(inner)),
             c=_maybe(self.output_norm, self.output_matrix(inner)),
             d=self.skip[...],
