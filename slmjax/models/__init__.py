@@ -42,12 +42,18 @@ from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig, RouterScore
 from slmjax.models.layers import Linear, ModelDims, NormKind, truncated_normal
 from slmjax.models.mixers.attention import AttentionConfig, Biases, OutputGate, QkNorm
+from slmjax.models.mixers.delta_net import DeltaNetConfig, GatedDeltaNetConfig, KimiDeltaAttentionConfig
 from slmjax.models.mixers.differential import DifferentialAttentionConfig
+from slmjax.models.mixers.gated_linear import GatedLinearAttentionConfig
 from slmjax.models.mixers.griffin import RgLruConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.mixers.linear_attention import LinearAttentionConfig
 from slmjax.models.mixers.mamba import MambaConfig
+from slmjax.models.mixers.mamba2 import Mamba2Config
 from slmjax.models.mixers.parallel import Combine, ParallelMixerConfig
+from slmjax.models.mixers.retention import RetentionConfig, RetentionDecay
 from slmjax.models.mixers.rwkv4 import Rwkv4Config
+from slmjax.models.mixers.rwkv7 import Rwkv7Config
 from slmjax.models.mixers.short_convolution import ShortConvolutionConfig
 from slmjax.models.padding import fill_padding, last_real
 from slmjax.models.parameterization import Parameterization
@@ -78,6 +84,7 @@ from slmjax.models.rope import (
 from slmjax.models.shared_layers import with_shared_key_values
 
 __all__ = [
+    "NO_CONTEXT",
     "Activation",
     "AttentionConfig",
     "Balance",
@@ -88,17 +95,23 @@ __all__ = [
     "Combine",
     "CompositeMixer",
     "ContextMixer",
+    "DeltaNetConfig",
     "DifferentialAttentionConfig",
     "Ffn",
     "FfnAux",
     "FfnConfig",
+    "GatedDeltaNetConfig",
+    "GatedLinearAttentionConfig",
     "HeadKind",
+    "KimiDeltaAttentionConfig",
     "LatentAttentionConfig",
     "LayerGroup",
     "Linear",
+    "LinearAttentionConfig",
     "LinearScaling",
     "Llama3Scaling",
     "LongScaling",
+    "Mamba2Config",
     "MambaConfig",
     "Mixer",
     "MixerConfig",
@@ -107,7 +120,6 @@ __all__ = [
     "ModelConfig",
     "ModelDims",
     "MoeConfig",
-    "NO_CONTEXT",
     "NormKind",
     "NormPlacement",
     "OutputGate",
@@ -116,10 +128,13 @@ __all__ = [
     "Precision",
     "QkNorm",
     "Remat",
+    "RetentionConfig",
+    "RetentionDecay",
     "RgLruConfig",
     "RopeScaling",
     "RouterScore",
     "Rwkv4Config",
+    "Rwkv7Config",
     "ShortConvolutionConfig",
     "StateSize",
     "StatefulFfn",

@@ -20,12 +20,18 @@ from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.layers import ModelDims, NormKind
 from slmjax.models.mixers.attention import AttentionConfig, with_rope_fraction, with_rotary_dim
+from slmjax.models.mixers.delta_net import DeltaNetConfig, GatedDeltaNetConfig, KimiDeltaAttentionConfig
 from slmjax.models.mixers.differential import DifferentialAttentionConfig
+from slmjax.models.mixers.gated_linear import GatedLinearAttentionConfig
 from slmjax.models.mixers.griffin import RgLruConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.mixers.linear_attention import LinearAttentionConfig
 from slmjax.models.mixers.mamba import MambaConfig
+from slmjax.models.mixers.mamba2 import Mamba2Config
 from slmjax.models.mixers.parallel import ParallelMixerConfig
+from slmjax.models.mixers.retention import RetentionConfig
 from slmjax.models.mixers.rwkv4 import Rwkv4Config
+from slmjax.models.mixers.rwkv7 import Rwkv7Config
 from slmjax.models.mixers.short_convolution import ShortConvolutionConfig
 from slmjax.models.parameterization import UNSCALED, Parameterization, Scaling
 from slmjax.models.protocols import FfnConfig, MixerConfig, innermost
@@ -40,6 +46,14 @@ PARTS: tuple[type, ...] = (
     AttentionConfig,
     DifferentialAttentionConfig,
     LatentAttentionConfig,
+    LinearAttentionConfig,
+    RetentionConfig,
+    GatedLinearAttentionConfig,
+    Mamba2Config,
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
+    KimiDeltaAttentionConfig,
+    Rwkv7Config,
     MambaConfig,
     RgLruConfig,
     Rwkv4Config,

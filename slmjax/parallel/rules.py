@@ -21,8 +21,11 @@ RULES: tuple[tuple[str, Dims], ...] = (
     (r"embed/table|head/weight|positions/weight", ("vocab_rows", None)),
     (r"embed/table|head/weight|positions/weight", ("vocab", "embed")),
     # Columns are heads, or channels that belong to heads: `inner` is what a recurrence reads, `gate` what
-    # multiplies its result, `decay` and `rate` are for each head or channel.
-    (r".*/mixer/(.*/)?(query|inner|receptance|decay|rate|(\w+_)?gate|\w+_up)/weight", ("embed", "heads")),
+    # multiplies its result, `decay`, `rate`, `step` and `strength` are for each head or channel.
+    (
+        r".*/mixer/(.*/)?(query|inner|receptance|decay|rate|step|strength|(\w+_)?gate|\w+_up)/weight",
+        ("embed", "heads"),
+    ),
     (r".*/mixer/(.*/)?\w+_down/weight", ("embed", None)),
     (r".*/mixer/(.*/)?(key|value)/weight", ("embed", "kv_heads")),
     (r".*/mixer/(.*/)?output/weight", ("head_rows", None)),
