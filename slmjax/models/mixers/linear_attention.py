@@ -63,7 +63,7 @@ def positive_features(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     return (jax.nn.elu(x.astype(jnp.float32)) + 1.0).astype(x.dtype)
 
 
-def linear_attention(
+def normalised_recurrence(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T N H"],
     v: Float[Array, "B T N H"],
@@ -108,7 +108,7 @@ class LinearAttention(Mixer):
         state: Any,
     ) -> tuple[Float[Array, "B T D"], Any]:
         heads = self.config.num_heads
-        mixed, new_state = linear_attention(
+        mixed, new_state = normalised_recurrence(
             split_heads(self.query(x), heads),
             split_heads(self.key(x), heads),
             split_heads(self.value(x), heads),
