@@ -102,6 +102,8 @@ class SiluConvolution(nnx.Module):
     ) -> None:
         self.taps = nnx.Param(initial_taps(rngs.params(), (width, channels)))
         self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32)) if bias else None
+        self.width = width
+        self.channels = channels
         self.dtype = dims.dtype
 
     def __call__(
@@ -123,5 +125,5 @@ class SiluConvolution(nnx.Module):
 
     def empty_history(self, batch_size: int) -> kernels.ConvolutionHistory:
         """Return the history before the first token."""
-        width, channels = self.taps.shape
-        return kernels.empty_history(batch_size, width=width, channels=channels, dtype=self.dtype)
+        # Not from the shape of the taps, which those of all layers may be stacked in.
+        return kernels.empty_history(batch_size, width=self.width, channels=self.channels, dtype=self.dtype)

@@ -11,16 +11,20 @@ import pytest
 from flax import nnx
 
 from slmjax.models import (
+    BlockConfig,
     DeltaNetConfig,
     GatedDeltaNetConfig,
     GatedLinearAttentionConfig,
     KimiDeltaAttentionConfig,
+    LayerGroup,
     Mamba2Config,
+    ModelConfig,
     ModelDims,
     RetentionConfig,
     RetentionDecay,
     Rwkv7Config,
 )
+from slmjax.models.decoder import Decoder
 from slmjax.models.mixers.recurrent_parts import initial_step_bias, softplus
 from slmjax.models.mixers.retention import retention_log_decay
 from slmjax.models.mixers.rwkv7 import initial_vectors
@@ -114,3 +118,24 @@ def test_values_of_the_first_layer():
     later = dataclasses.replace(first, is_first=False)
     assert (first.reads(), first.writes()) == ((), ("first_values",))
     assert (later.reads(), later.writes()) == (("first_values",), ())
+
+
+@pytest.mark.parametrize(
+    "config", [oracle.CASES["mamba2"], oracle.CASES["gated_delta"]], ids=["mamba2", "delta"]
+)
+def test_stacked_layers_decode(config):
+    """Parameters of a group's layers are stacked; the state of each has the shapes of one layer."""
+    block = BlockConfig(mixer=config, ffn=None)
+    stack = (LayerGroup(pattern=(block,), repeats=2),)
+    model = ModelConfig(embed_dim=oracle.WIDTH, vocab_size=8, stack=stack)
+
+    def states(tokens):
+        decoder = Decoder(model, rngs=nnx.Rngs(params=0))
+        state = decoder.init_state(2, max_length=4)
+        ids = jnp.ones_like(tokens)
+        return state, decoder(tokens, segment_ids=ids, positions=ids, state=state).state
+
+    before, after = jax.eval_shape(states, jax.ShapeDtypeStruct((2, 4), jnp.int32))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), after
+    )
