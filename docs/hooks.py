@@ -154,7 +154,7 @@ def api() -> str:
     return "\n\n".join(_public_module(module) for module in modules)
 
 
-PUBLIC_MODULES = ("slmjax", "slmjax.models", "slmjax.training", "slmjax.studies")
+PUBLIC_MODULES = ("slmjax", "slmjax.models", "slmjax.training", "slmjax.studies", "slmjax.testing")
 
 
 def _public_module(module: types.ModuleType) -> str:

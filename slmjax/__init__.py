@@ -9,11 +9,12 @@
     slmjax.import_model("SmolLM2-135M", "smollm2")   # a Hugging Face directory or a GGUF file
     loaded = slmjax.load_model("smollm2")
 
-Classes for experiment files come from three modules:
+Classes for experiment files, and checks of classes of one's own, come from four modules:
 
 - `slmjax.models`: architectures (`ModelConfig`, `AttentionConfig`, `MlpConfig`, `zoo`, ...), bases of layers.
 - `slmjax.training`: all other settings (`Experiment`, `DataConfig`, `OptimConfig`, `QuantConfig`, ...).
 - `slmjax.studies`: arms, seeds and verdicts (`Study`, `Arm`, `analyze`, ...).
+- `slmjax.testing`: what must hold for a mixer of one's own (`check_mixer`).
 
 `import slmjax` takes milliseconds: a public name is imported when it is first used.
 
@@ -41,6 +42,7 @@ Folders and files in reading order:
 - convert: Hugging Face directories and GGUF files
 - training: an experiment and its compiled train step
 - planning: memory, FLOPs and traffic of a step
+- testing: checks of a mixer of one's own
 - runner: the training loop and its files
 - studies: arms, seeds, verdicts
 - cli: the `slmjax` command
@@ -58,7 +60,7 @@ _startup.without_tpu()
 _startup.keep_compiled()
 
 if TYPE_CHECKING:
-    from slmjax import models, studies, training
+    from slmjax import models, studies, testing, training
     from slmjax.checkpoints.loading import Loaded, load_model
     from slmjax.convert.import_export import Target, WeightType, export_model, import_model
     from slmjax.distill.teachers import load_teacher
@@ -92,7 +94,7 @@ _MODULE_OF = {
     "train": "slmjax.runner.trainer",
     "write_report": "slmjax.telemetry.report",
 }
-_MODULES = ("models", "studies", "training")
+_MODULES = ("models", "studies", "testing", "training")
 
 __all__ = [
     "Clip",
@@ -115,6 +117,7 @@ __all__ = [
     "quantize_model",
     "read_run",
     "studies",
+    "testing",
     "train",
     "training",
     "write_report",

@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "slmjax"
-PUBLIC_MODULES = ("slmjax", "slmjax.models", "slmjax.studies", "slmjax.training")
+PUBLIC_MODULES = ("slmjax", "slmjax.models", "slmjax.studies", "slmjax.testing", "slmjax.training")
 # How a line of Python begins: an assignment, a keyword, or a call of a name that a closing bracket ends.
 ASSIGNMENT = r"\(?[\w.]+(?:\[[^]]*\])?(?:, [\w.]+)*,?\)? [+|]?= \S"
 KEYWORD = r"(?:from|import|with|for|def|class) \w|@\w"

@@ -23,22 +23,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from benchmarks import readme_verdicts
-from slmjax import cli, losses
+from slmjax import cli
 from slmjax.cli import COMMANDS
 from slmjax.cli.fields import full_names, options_of
 from slmjax.formats.presets import PRESETS
-from slmjax.models import architecture, zoo
-from slmjax.models.decoder import logits
-from slmjax.models.definition import Definition, define
-from slmjax.models.ffn.mlp import MlpConfig
-from slmjax.parallel.mesh import MeshConfig, make_mesh
-from slmjax.parallel.rules import parameter_shardings
+from slmjax.testing import check_mixer
 from slmjax.training import Experiment, recipes
 from tests import composition, examples
 
@@ -495,85 +487,8 @@ def test_public_names_are_in_the_reference(site: Path) -> None:
 
 
 # The example ------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def gated() -> Definition:
-    example = run_file(EXAMPLE)
-    convolution = architecture.BlockConfig(
-        mixer=example.GatedConvolutionConfig(width=3), ffn=MlpConfig(hidden_dim=24)
-    )
-    attention = zoo.nano().stack[0].pattern[0]
-    stack = (architecture.LayerGroup(pattern=(convolution, attention), repeats=2),)
-    return define(architecture.ModelConfig(embed_dim=16, stack=stack, context_length=16, vocab_size=29))
-
-
-@pytest.fixture(scope="module")
-def weights(gated: Definition) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Large, so that what a token sees changes its logits."""
-    params, buffers = gated.init(jax.random.key(0))
-    return {path: value if path.endswith("scale") else 10 * value for path, value in params.items()}, buffers
-
-
-def logits_of(
-    gated: Definition, weights: tuple, tokens: jax.Array, segments: jax.Array, positions: jax.Array
-) -> np.ndarray:
-    output = gated.merge(*weights)(tokens, segment_ids=segments, positions=positions)
-    return np.asarray(losses.logits(output.hidden, output.head))
-
-
-TOKENS = jax.random.randint(jax.random.key(1), (4, 12), 0, 29)
-POSITIONS = jnp.broadcast_to(jnp.arange(12), (4, 12))
-
-
-def test_the_example_is_causal_and_keeps_documents_apart(gated, weights) -> None:
-    whole = logits_of(gated, weights, TOKENS, jnp.ones_like(TOKENS), POSITIONS)
-    changed = logits_of(gated, weights, TOKENS.at[:, 7].set(3), jnp.ones_like(TOKENS), POSITIONS)
-    np.testing.assert_array_equal(whole[:, :7], changed[:, :7])
-    assert np.abs(whole[:, 7:9] - changed[:, 7:9]).max() > 0.1
-    segments = jnp.where(POSITIONS < 5, 1, 2)
-    packed = logits_of(gated, weights, TOKENS, segments, jnp.where(POSITIONS < 5, POSITIONS, POSITIONS - 5))
-    np.testing.assert_allclose(packed[:, :5], whole[:, :5], atol=1e-4)
-    alone = logits_of(gated, weights, TOKENS[:, 5:], jnp.ones_like(TOKENS[:, 5:]), POSITIONS[:, :7])
-    np.testing.assert_allclose(packed[:, 5:], alone, atol=1e-4)
-
-
-def test_the_example_decodes_as_it_was_trained(gated, weights) -> None:
-    whole = logits_of(gated, weights, TOKENS, jnp.ones_like(TOKENS), POSITIONS)
-    lengths = jnp.asarray([1, 7, 2, 5])
-    decoder = gated.merge(*weights)
-    state = decoder.init_state(4, max_length=12)
-    output = decoder(
-        TOKENS[:, :8],
-        segment_ids=(POSITIONS < lengths[:, None])[:, :8].astype(int),
-        positions=POSITIONS[:, :8],
-        state=state,
-    )
-    step = jax.jit(
-        lambda newest, at, state: decoder(
-            newest, segment_ids=(at < 12).astype(int), positions=at, state=state
-        )
-    )
-    state = output.state
-    for _ in range(5):
-        at = jnp.minimum(lengths, 12)[:, None]
-        output = step(jnp.take_along_axis(TOKENS, jnp.minimum(at, 11), axis=1), at, state)
-        state = output.state
-        logits_BV = np.asarray(losses.logits(output.hidden, output.head))[:, 0]
-        for row in range(4):
-            np.testing.assert_allclose(logits_BV[row], whole[row, int(lengths[row])], atol=1e-3)
-        lengths += 1
-
-
-def test_the_example_on_a_mesh(gated, weights) -> None:
-    expected = logits_of(gated, weights, TOKENS, jnp.ones_like(TOKENS), POSITIONS)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    placed = jax.device_put(weights[0], parameter_shardings(weights[0], mesh))
-    with jax.set_mesh(mesh):
-        sharded = jax.jit(lambda params, tokens: logits_on(gated, params, weights[1], tokens))(placed, TOKENS)
-    np.testing.assert_allclose(sharded, expected, atol=1e-3)
-
-
-def logits_on(gated, params, buffers, tokens):
-    return logits(gated.merge(params, buffers), tokens)[..., :29]
+def test_the_example_has_the_properties_of_a_mixer() -> None:
+    check_mixer(run_file(EXAMPLE).GatedConvolutionConfig(width=3))
 
 
 def test_the_example_trains(user_environment, workplace: Path) -> None:

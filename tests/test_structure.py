@@ -27,7 +27,7 @@ PACKAGE = ROOT / "slmjax"
 ORDER = (
     "startup ownership stop_signals stored_json faults config atomic_files parallel formats data telemetry "
     "kernels losses models quantization checkpoints quantization.ptq distill sampling evaluation convert "
-    "training planning runner studies cli __main__"
+    "training planning testing runner studies cli __main__"
 ).split()
 
 LONGEST_FILE = 600
