@@ -17,7 +17,13 @@ Files in reading order:
 - scans.py: recurrences of independent channels: selective scan, RG-LRU, RWKV-4
 """
 
-from slmjax.kernels.attention import attention_mask, choose_attention, reference_attention, self_attention
+from slmjax.kernels.attention import (
+    attention_mask,
+    choose_attention,
+    reference_attention,
+    self_attention,
+    two_way_attention,
+)
 from slmjax.kernels.causal_convolution import (
     ConvolutionHistory,
     convolve_token,
@@ -74,6 +80,7 @@ __all__ = [
     "selective_scan_state",
     "self_attention",
     "token_shift",
+    "two_way_attention",
     "unrolled_repeats",
     "wkv4",
     "wkv4_state",

@@ -22,6 +22,7 @@ from slmjax.parallel import communication, mesh
 
 # The causal blocks are unrolled in the program: 8 of them compute 56% of the square, 16 would compute 53%.
 MAX_CAUSAL_BLOCKS = 8
+TWO_WAY_BLOCK = 256  # queries whose scores exist at once
 # Finite, so that a query without any visible key has finite gradients.
 MASKED_SCORE = -1e30
 
@@ -33,16 +34,22 @@ def attention_mask(
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"],
     window: int | None,
+    k_is_visible: Bool[Array, "B S"] | None = None,
 ) -> Bool[Array, "B T S"]:
     """Return True where a query may see a key.
 
     They must be in the same document (segment 0, padding, is none), and the key not later than the query and
     less than `window` positions before it.
+
+    Args:
+      k_is_visible: keys that earlier queries see too, within the window on their side; None for none.
     """
     distance = q_positions[:, :, None] - k_positions[:, None, :]
-    allowed = (
-        (q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments[:, :, None] != 0) & (distance >= 0)
-    )
+    is_before = distance >= 0
+    if k_is_visible is not None:
+        is_before |= k_is_visible[:, None, :]
+        distance = jnp.abs(distance)
+    allowed = (q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments[:, :, None] != 0) & is_before
     return allowed if window is None else allowed & (distance < window)
 
 
@@ -59,6 +66,7 @@ def reference_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    k_is_visible: Bool[Array, "B S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention of queries over keys of their own segment at their own or earlier positions.
 
@@ -71,6 +79,7 @@ def reference_attention(
       scale: factor of the scores.
       softcap: bounds scores by `softcap * tanh(scores / softcap)` (Gemma 2); None for unbounded.
       sinks: for each head the score of an extra entry in the softmax that has no value (GPT-OSS).
+      k_is_visible: keys that queries at earlier positions see as well; None for none.
     """
     # Grouped queries (Ainslie et al. 2023): query head n uses kv head n // G; keys are not repeated.
     num_kv_heads = k.shape[2]
@@ -84,6 +93,7 @@ def reference_attention(
         q_positions=q_positions,
         k_positions=k_positions,
         window=window,
+        k_is_visible=k_is_visible,
     )
     mask = mask[:, None, None, :, :]
     scores = jnp.where(mask, scores, MASKED_SCORE)
@@ -133,6 +143,62 @@ def self_attention(
     return _sharded_attention(q, k, v, segment_ids, sinks, **settings)
 
 
+def two_way_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    segment_ids: Int[Array, "B T"],
+    is_visible: Bool[Array, "B T"],
+    window: int | None,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Return `self_attention` in which some keys are seen by all queries of their document.
+
+    All keys for encoders, those of a prefix for a prefix language model. The reference implementation runs in
+    blocks of queries, whose scores the backward pass recomputes. On a mesh every device gets all keys.
+
+    Args:
+      is_visible: keys that earlier queries see as well.
+      window: a query sees less than this many positions, on either side where keys are visible.
+    """
+    num_heads = q.shape[2]
+
+    def on_device(q: Array, k: Array, v: Array, segments: Array, is_visible: Array, *sinks: Array) -> Array:
+        k, v = _own_heads(k, v, num_local=q.shape[2], num_heads=num_heads)
+        k, v, k_segments, k_is_visible = (
+            communication.gather(x, "time", axis=1) for x in (k, v, segments, is_visible)
+        )
+        ids = _visibility_ids(segments, k_segments, communication.index_along("time") * q.shape[1])
+        ids["k_is_visible"] = k_is_visible
+        settings = {"window": window, "scale": scale, "softcap": softcap}
+        attend = jax.checkpoint(
+            functools.partial(reference_attention, sinks=sinks[0] if sinks else None, **settings)
+        )
+        return _block_by_block(
+            q, k, v, ids, attend=attend, block=TWO_WAY_BLOCK, visible_keys=lambda start: slice(None)
+        )
+
+    key_dims = ("batch", "time", "kv_heads", None)
+    in_dims = (("batch", "time", "heads", None), key_dims, key_dims, ("batch", "time"), ("batch", "time"))
+    arrays = (q, k, v, segment_ids, is_visible)
+    if sinks is not None:
+        in_dims = (*in_dims, ("heads",))
+        arrays = (*arrays, sinks)
+    return communication.shard_mapped(on_device, in_dims=in_dims, out_dims=in_dims[0])(*arrays)
+
+
+def _own_heads(k: Array, v: Array, *, num_local: int, num_heads: int) -> tuple[Array, Array]:
+    """Inside `shard_mapped`: return a kv head for each query head, where only query heads are sharded."""
+    if not communication.is_sharded("heads") or communication.is_sharded("kv_heads"):
+        return k, v
+    # A device's query heads need not form complete groups, so each gets a kv head of its own.
+    heads = communication.index_along("heads") * num_local + jnp.arange(num_local)
+    return tuple(jnp.take(x, heads // (num_heads // k.shape[2]), axis=2) for x in (k, v))
+
+
 def _sharded_attention(
     q: Array, k: Array, v: Array, segment_ids: Array, sinks: Array | None, *, window: int | None, **settings
 ) -> Array:
@@ -141,10 +207,7 @@ def _sharded_attention(
     num_heads = q.shape[2]
 
     def on_device(q: Array, k: Array, v: Array, segments: Array, *sinks: Array) -> Array:
-        if communication.is_sharded("heads") and not communication.is_sharded("kv_heads"):
-            # A device's query heads need not form complete groups, so each gets a kv head of its own.
-            heads = communication.index_along("heads") * q.shape[2] + jnp.arange(q.shape[2])
-            k, v = (jnp.take(x, heads // (num_heads // k.shape[2]), axis=2) for x in (k, v))
+        k, v = _own_heads(k, v, num_local=q.shape[2], num_heads=num_heads)
         length = q.shape[1]
         shards = communication.num_shards("time")
         # A window that spans all shards needs every key; a shorter one only the halo before the queries.

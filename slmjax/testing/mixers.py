@@ -137,8 +137,8 @@ def _check_meshes(
     for mesh in meshes:
         # One program less: gradients of the first mesh are rematerialised.
         remat = Remat.FULL if mesh is meshes[0] else Remat.NONE
-        found, refused = properties.check_mesh(subject, whole, rows, weights, mesh, remat=remat)
-        checks += found
+        mesh_checks, refused = properties.check_mesh(subject, whole, rows, weights, mesh, remat=remat)
+        checks += mesh_checks
         skipped += refused
         if refused and mesh is meshes[0]:
             checks += properties.check_mesh(subject, whole, rows, weights, without, remat=remat)[0]

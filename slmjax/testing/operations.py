@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.extend import core
 
 # One operation for each number that they return.
 _ELEMENTWISE = frozenset(
@@ -72,6 +73,6 @@ def _jaxprs_of(equation: Any) -> Iterator[Any]:
         branches = value if isinstance(value, tuple | list) else (value,)
         for branch in branches:
             # A closed jaxpr holds the open one.
-            jaxpr = getattr(branch, "jaxpr", branch)
-            if hasattr(jaxpr, "eqns"):
+            jaxpr = branch.jaxpr if isinstance(branch, core.ClosedJaxpr) else branch
+            if isinstance(jaxpr, core.Jaxpr):
                 yield jaxpr

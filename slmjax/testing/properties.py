@@ -201,14 +201,15 @@ def check_flops(config: ModelConfig, mixers: Sequence[MixerConfig]) -> list[Chec
     def full(params: Any, *row: Any) -> Array:
         return hidden_states(definition, params, *row)
 
-    def one(params: Any, *row: Any) -> Array:
+    def decode(params: Any, *row: Any) -> Array:
         model = definition.merge(params, {})
         tokens, segment_ids, positions = row
         state = model.init_state(1, max_length=LENGTH)
         return model(tokens, segment_ids=segment_ids, positions=positions, state=state).hidden
 
     counts = [
-        _mixing_operations(fn, definition.params, length=length) for fn, length in ((full, LENGTH), (one, 1))
+        _mixing_operations(fn, definition.params, length=length)
+        for fn, length in ((full, LENGTH), (decode, 1))
     ]
     least = min(products for products, _ in counts) / 2.5
     most = 1.5 * max(products + elementwise for products, elementwise in counts)

@@ -31,7 +31,7 @@ VOCAB = 29
 DOCUMENTS = (10, 1, 9)
 # Of the parts that a prompt is read in, two.
 PART = 8
-# In the first part one row ends, one fills it, and two go on; in the second, two are padding.
+# In the first part one row ends, one fills it, and two are longer; in the second, two are padding.
 PROMPTS = (1, 8, 15, 11)
 NOISE = 0.1  # deviation of vectors from their initial values
 

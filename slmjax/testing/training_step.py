@@ -98,9 +98,9 @@ def batch_of(rows: Rows) -> Batch:
 
 
 def check_training(subject: Subject, rows: Rows) -> list[Check]:
-    """Steps with rounded weights and a teacher are finite, and a stopped run goes on with the same bits."""
+    """Steps with rounded weights and a teacher are finite, and a stopped run continues with the same bits."""
     trained = Trained(subject, is_quantized=True, accumulation_steps=1)
-    # A state of one step, from which the run goes on in two ways.
+    # A state of one step, from which the run continues in two ways.
     half, metrics = trained.run(trained.start(), rows, num_steps=1)
     whole, _ = trained.run(half, rows, num_steps=1)
     # As a checkpoint stores the state: by item, on the host.
@@ -116,7 +116,7 @@ def check_training(subject: Subject, rows: Rows) -> list[Check]:
             detail=f"{int(whole.skipped)} of 2 steps skipped",
         ),
         Check(
-            name="a run that stops and goes on has the same bits",
+            name="a run that stops and continues has the same bits",
             error=float(len(different)),
             bound=0.0,
             detail=", ".join(different),

@@ -26,6 +26,7 @@ from slmjax.models.protocols import (
     MixerConfig,
     MixerContext,
     StateSize,
+    Visibility,
 )
 from slmjax.models.rope import LongScaling, RopeScaling, rotary, sequence_lengths
 
@@ -195,6 +196,10 @@ class AttentionConfig(MixerConfig):
     def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> "Attention":
         """Build the module, with freshly initialised parameters."""
         return Attention(self, dims, rngs=rngs)
+
+    def visibilities(self) -> frozenset[Visibility]:
+        """Return all kinds: causal, prefix and both ways."""
+        return frozenset(Visibility)
 
     def mixing_flops(self, dims: ModelDims, *, length: int) -> float:
         """Return the FLOPs of scores and weighted sum per token, averaged over a causal sequence."""
@@ -438,32 +443,57 @@ class Attention(CachingMixer, ContextMixer):
                 )
         if self.config.writes_kv is not None:
             context.write(self.config.writes_kv, visible)
-        sinks = None if self.sinks is None else self.sinks[...]
-        settings: dict[str, Any] = {
-            "window": self.config.window,
-            "scale": self.scale,
-            "softcap": self.config.softcap,
-            "sinks": sinks,
-        }
-        if not is_decoding:
-            # Fused kernels are for sequences that attend to themselves; decoding takes the reference
-            # implementation.
-            mixed = kernels.self_attention(queries, *visible, segment_ids=segment_ids, **settings)
-        else:
-            mixed = kernels.reference_attention(
-                queries,
-                jnp.swapaxes(visible.keys, 1, 2),
-                jnp.swapaxes(visible.values, 1, 2),
-                q_segments=segment_ids,
-                k_segments=visible.segment_ids,
-                q_positions=positions,
-                k_positions=visible.positions,
-                **settings,
-            )
+        # Keys that earlier queries see too; none where attention is causal.
+        two_way = None
+        if context.visibility is not Visibility.CAUSAL:
+            is_prefix = context.is_prefix
+            two_way = jnp.ones_like(segment_ids, dtype=bool) if is_prefix is None else is_prefix
+        mix = self._mix_cached if is_decoding else self._mix
+        mixed = mix(queries, visible, positions=positions, segment_ids=segment_ids, two_way=two_way)
         if self.output_gate is not None:
             mixed = gated_heads(mixed, self.output_gate(x))
         batch, length = positions.shape
         return self.output(mixed.reshape(batch, length, -1)), state
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "window": self.config.window,
+            "scale": self.scale,
+            "softcap": self.config.softcap,
+            "sinks": None if self.sinks is None else self.sinks[...],
+        }
+
+    def _mix(
+        self, queries: Array, visible: Any, *, positions: Array, segment_ids: Array, two_way: Array | None
+    ) -> Float[Array, "B T N H"]:
+        """Return the attention of whole sequences."""
+        # Fused kernels are for causal sequences that attend to themselves.
+        settings = self._settings()
+        if two_way is None:
+            return kernels.self_attention(queries, *visible, segment_ids=segment_ids, **settings)
+        return kernels.two_way_attention(
+            queries, *visible, segment_ids=segment_ids, is_visible=two_way, **settings
+        )
+
+    def _mix_cached(
+        self, queries: Array, visible: Any, *, positions: Array, segment_ids: Array, two_way: Array | None
+    ) -> Float[Array, "B T N H"]:
+        """Return the attention over a cache."""
+        if two_way is not None:
+            # A prefix is read in one call, whose tokens are the last slots: those before are seen anyway.
+            num_before = visible.positions.shape[1] - two_way.shape[1]
+            two_way = jnp.pad(two_way, ((0, 0), (num_before, 0))) if positions.shape[1] > 1 else None
+        return kernels.reference_attention(
+            queries,
+            jnp.swapaxes(visible.keys, 1, 2),
+            jnp.swapaxes(visible.values, 1, 2),
+            q_segments=segment_ids,
+            k_segments=visible.segment_ids,
+            q_positions=positions,
+            k_positions=visible.positions,
+            k_is_visible=two_way,
+            **self._settings(),
+        )
 
     def init_state(self, batch_size: int, *, max_length: int) -> KvCache | tuple[()]:
         """Return an empty cache of `max_length` slots, or of the window's size if that is smaller."""
