@@ -196,7 +196,8 @@ def _own_heads(k: Array, v: Array, *, num_local: int, num_heads: int) -> tuple[A
         return k, v
     # A device's query heads need not form complete groups, so each gets a kv head of its own.
     heads = communication.index_along("heads") * num_local + jnp.arange(num_local)
-    return tuple(jnp.take(x, heads // (num_heads // k.shape[2]), axis=2) for x in (k, v))
+    kv_heads = heads // (num_heads // k.shape[2])
+    return jnp.take(k, kv_heads, axis=2), jnp.take(v, kv_heads, axis=2)
 
 
 def _sharded_attention(
