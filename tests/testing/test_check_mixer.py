@@ -22,7 +22,7 @@ from slmjax.models import (
 from slmjax.testing import Check, MixerError, check_mixer, properties
 from slmjax.testing.operations import Operations, count_operations
 from slmjax.testing.report import largest_error
-from slmjax.testing.subject import Subject, model_around, whole_rows
+from slmjax.testing.subject import Subject, Values, model_around, whole_rows
 
 MIXERS = {
     "attention": AttentionConfig(num_heads=4, num_kv_heads=2, window=7),
@@ -148,7 +148,8 @@ def test_all_failures_are_listed(monkeypatch) -> None:
     wrong = [Check(name="a", error=0.5, bound=0.1, detail="here"), Check(name="b", error=np.nan, bound=1.0)]
     monkeypatch.setattr(properties, "check_formats", lambda config: wrong)
     monkeypatch.setattr(properties, "check_mesh", lambda *args, **more: ([], []))
-    monkeypatch.setattr(Subject, "values", lambda *args, **more: None)
+    values = Values(hidden=np.zeros(0), grads={})
+    monkeypatch.setattr(Subject, "values", lambda *args, **more: values)
     message = r"Faulty lacks 2 of 2 .*\n  FAILED: a: 0.5, at most 0.1 .here.\n.*b: nan"
     with pytest.raises(MixerError, match=message):
         check_mixer(Faulty())
