@@ -2,6 +2,7 @@
 Needs the oracle extra.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import slmjax
 from slmjax.convert import hf_directory
 from slmjax.convert.import_export import Target, export_model, import_model
 from slmjax.models.canonical_form import canonical
+from slmjax.models.parameterization import Parameterization
 from tests.convert.cases import CASES
 from tests.convert.make_golden import golden
 from tests.convert.synthetic import VOCAB_SIZE, tokens, write_model
@@ -117,12 +119,22 @@ def test_transformers_loads_what_we_export(case: str, tmp_path: Path) -> None:
 
 
 def test_auto_classes_reproduce_a_run(tmp_path: Path, workplace: Path) -> None:
-    """A model trained here, with its tokenizer: the same ids and the same logits."""
+    """A model trained here, with its tokenizer: the same ids and the same logits. Qwen3 has no field for the
+    multipliers of its parameterization.
+    """
     import transformers
 
     from tests.one_layer import one_layer
 
     experiment = one_layer(workplace, tmp_path, steps=2)
+    scaled = dataclasses.replace(
+        experiment.model,
+        parameterization=Parameterization.COMPLETEP,
+        base_width=16,
+        base_depth=2,
+        base_head_dim=4,
+    )
+    experiment = dataclasses.replace(experiment, model=scaled)
     run = Path(slmjax.train(experiment).run_dir)
     export_model(run, tmp_path / "out", to=Target.HF)
     loaded = slmjax.load_model(run)

@@ -20,19 +20,24 @@ from slmjax.convert.verify.export import verify_export
 from slmjax.data.config import DataConfig, Split
 from slmjax.data.tokenizers import ByteTokenizer
 from slmjax.formats.presets import preset
+from slmjax.models.parameterization import Parameterization
 from slmjax.quantization.ptq.round_to_nearest import quantize_model
 from slmjax.quantization.rules import QuantConfig, QuantPhase, QuantRule
 from slmjax.training.experiment import RunConfig
 from slmjax.training.optim import OptimConfig
 from tests.convert.verify.models import QWEN
 
+MUP = {"parameterization": Parameterization.MUP, "base_width": 32, "base_head_dim": 16}
+
 
 @pytest.fixture(scope="module")
 def run(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4-bit weights, 2-bit ones with learned scales in the feed-forward layer, tables padded."""
+    """4-bit weights, 2-bit ones with learned scales in the feed-forward layer, tables padded; muP, whose
+    multipliers of scores and logits become part of norms.
+    """
     rules = (QuantRule(paths="ffn", weight=preset("int2_g32"), input=preset("q8_0")), *_w4a8())
     experiment = slmjax.Experiment(
-        model=dataclasses.replace(QWEN, vocab_size=None, vocab_multiple=64),
+        model=dataclasses.replace(QWEN, vocab_size=None, vocab_multiple=64, **MUP),
         quant=QuantConfig(phases=(QuantPhase(rules=rules),)),
         data=DataConfig(
             path=str(workplace / "text.txt"),
@@ -59,7 +64,12 @@ def test_what_was_trained_is_what_the_engine_computes(run: Path, tmp_path: Path)
     tensors = read_gguf(tmp_path / "run.gguf").tensors
     assert {tensor.type for tensor in tensors.values()} == {"Q4_0", "F32"} and len(written.notes) == 1
     assert tensors["token_embd.weight"].shape == (258, 64), "padding is left out, of codes too"
-    numbers, encoded = load_with_codes(run)[1]["layers/0/ffn/up/weight"]
+    loaded, coded = load_with_codes(run)
+    # Twice as wide as the base: half the logits.
+    np.testing.assert_allclose(
+        tensors["output_norm.weight"].read(), 0.5 * loaded.params["final_norm/scale"], rtol=1e-6
+    )
+    numbers, encoded = coded["layers/0/ffn/up/weight"]
     assert numbers.spec == preset("int2_g32") and set(np.unique(encoded.codes)) <= {-1, 0, 1}
     found = verify_export(run, tmp_path / "run.gguf", max_tokens=96, window=24)
     assert found.holds and found.step == 6 and found.loss is not None
