@@ -1,9 +1,10 @@
 """The verdicts of the README: the picture and table of one shipped study, and a line for each of the others.
 
     pip install -e '.[plot]'
-    python benchmarks/readme_verdicts.py     # from experiments/results/, after `slmjax report DIR --no-page --output`
+    python benchmarks/readme_verdicts.py
 
-It writes docs/study-verdicts.svg and the part of README.md between its two marks.
+It reads experiments/results/, which `slmjax report DIR --no-page --output experiments/results/NAME` writes,
+and writes docs/study-verdicts.svg and the part of README.md between its two marks.
 """
 
 from collections.abc import Iterable
@@ -38,7 +39,13 @@ def replaced(text: str) -> str:
     reports = committed_reports()
     shown = reports.pop(SHOWN)
     picture = f"![{shown.question} Difference of each arm with its interval](docs/study-verdicts.svg)"
-    parts = (BEGIN, picture, verdicts_markdown(shown).rstrip(), questions_table(reports.values()).rstrip(), END)
+    parts = (
+        BEGIN,
+        picture,
+        verdicts_markdown(shown).rstrip(),
+        questions_table(reports.values()).rstrip(),
+        END,
+    )
     return before + "\n\n".join(parts) + after
 
 

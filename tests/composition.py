@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md of features that are tested together, made from `@pytest.mark.composes(...)`.
+"""The table of features that are tested together, in docs/reliability.md, from `@pytest.mark.composes(...)`.
 
     python -m tests.composition     # rewrites the table
 
