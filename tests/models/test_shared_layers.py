@@ -131,7 +131,9 @@ def test_readers_on_a_mesh():
 
 def test_only_sources_have_caches_in_a_format():
     phases = (QuantPhase(rules=(QuantRule(paths=".", cache=PRESETS["torchao_int8_token"]),)),)
-    decoder = define_quantized(MODEL, phases).merge(random_params(), {})
+    definition = define_quantized(MODEL, phases)
+    zeros = {path: jnp.zeros(leaf.shape) for path, leaf in definition.params.items()}
+    decoder = definition.merge_untransformed(zeros, {})
     blocks = [block for stack in decoder.segments for block in stack.blocks]
     assert [block.mixer.cache_quantizer is not None for block in blocks] == [
         block.mixer.config.reads_kv is None for block in blocks
