@@ -4,7 +4,23 @@ A stacked path, `segments/0/blocks/1/mixer/query/weight`, names the parameters o
 group; a logical path, `layers/3/mixer/query/weight`, those of one layer.
 """
 
+import re
+from collections.abc import Sequence
+
 from slmjax.models.architecture import BlockConfig, ModelConfig
+
+# Numbers of each channel, for each tap of a convolution or state of a recurrence: no map between two spaces.
+PER_CHANNEL = re.compile(r"(taps|log_rates)$")
+
+
+def is_multiplied(path: str, shape: Sequence[int]) -> bool:
+    """Return whether a stacked parameter holds matrices that tokens are multiplied with.
+
+    A stacked matrix has the layer dim and two more. So have biases of experts and numbers of each channel,
+    which are no matrices.
+    """
+    is_matrix = not path.endswith("bias") and not PER_CHANNEL.search(path)
+    return path.startswith("segments/") and len(shape) > 2 and is_matrix
 
 
 def block_at(config: ModelConfig, path: str) -> BlockConfig:

@@ -7,6 +7,7 @@ Dims: B rows, T time, D model.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtyping import Array
 
 from slmjax.models.architecture import ModelConfig, Precision, Remat
 from slmjax.models.definition import define, restack, unstack
+from slmjax.models.paths import is_multiplied
 from slmjax.models.protocols import MixerConfig
 from slmjax.models.zoo import state_size
 from slmjax.parallel.mesh import MeshConfig
@@ -230,9 +232,7 @@ def _mixing_operations(fn: Any, params: Mapping[str, Any], *, length: int) -> tu
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     counted = count_operations(fn, params, ids, ids, ids)
     with_weights = sum(
-        2.0 * leaf.shape[-2] * leaf.shape[-1]
-        for path, leaf in params.items()
-        if path.startswith("segments/") and path.endswith("weight") and len(leaf.shape) > 2
+        2.0 * math.prod(leaf.shape) for path, leaf in params.items() if is_multiplied(path, leaf.shape)
     )
     return max(counted.products / length - with_weights, 0.0), counted.elementwise / length
 

@@ -29,6 +29,7 @@ from optax import contrib
 
 from slmjax.config import added_field
 from slmjax.models.parameterization import UNSCALED, Parameterization, Scaling
+from slmjax.models.paths import PER_CHANNEL
 from slmjax.quantization.quantizer_params import is_activation_quantizer_param, is_quantizer_param, is_sign
 from slmjax.training.hyperparameters import Hyperparameters
 from slmjax.training.multipliers import Multipliers, multipliers_of
@@ -137,9 +138,6 @@ class OptimConfig:
 
 
 # Schedules --------------------------------------------------------------------------------------------------
-# Numbers of each channel, for each tap of a convolution or state of a recurrence: no map between two spaces.
-# Like vectors they are neither orthogonalised nor decayed.
-PER_CHANNEL = re.compile(r"(taps|log_rates)$")
 SHORTENED_WARMUP = 0.1  # of the steps of a run that is too short for the warm-up of its settings
 
 
@@ -238,6 +236,7 @@ def parameter_groups(
         path: _group(
             config,
             path,
+            # Like vectors, numbers of each channel are neither orthogonalised nor decayed.
             1 if PER_CHANNEL.search(path) else leaf.ndim - _num_stacked_dims(path),
             scaling,
         )

@@ -5,7 +5,7 @@ import math
 
 from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.definition import define
-from slmjax.models.paths import block_at
+from slmjax.models.paths import block_at, is_multiplied
 from slmjax.models.protocols import StateSize
 
 
@@ -43,8 +43,7 @@ def describe(config: ModelConfig) -> Summary:
     for path, dims in shapes.items():
         used = sizes[path] * _active_fraction(config, path)
         active += used
-        # A stacked matrix has the layer dim and two more; so do biases of experts, which are not multiplied.
-        if path.startswith("segments/") and len(dims) > 2 and not path.endswith("bias"):
+        if is_multiplied(path, dims):
             multiplied += used * block_at(config, path).num_loops
     # Each loop of a block computes and caches its own keys and values.
     mixers = [block.mixer for block in config.blocks() for _ in range(block.num_loops)]
