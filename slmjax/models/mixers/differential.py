@@ -38,6 +38,7 @@ from slmjax.models.protocols import (
 from slmjax.models.rope import rotary
 
 # Deviation of the vectors of lambda, whose products then begin near 0.
+LARGEST_EXPONENT = 30.0  # e^30 is 1e13, whose square is a number of float32
 LAMBDA_STD = 0.1
 
 
@@ -101,8 +102,8 @@ class DifferentialAttentionConfig(MixerConfig):
         """Return the FLOPs of both maps per token, averaged over a causal sequence."""
         window = length if self.window is None else min(self.window, length)
         mean_visible = (window * (window + 1) / 2 + (length - window) * window) / length
-        # Of each map, scores of H dims and a weighted sum of 2 H.
-        return 2 * 6 * mean_visible * self.num_heads * self.resolved_head_dim(dims)
+        # Of each map, scores and a weighted sum of 2 H dims: queries and keys are padded to the width of values.
+        return 2 * 8 * mean_visible * self.num_heads * self.resolved_head_dim(dims)
 
     def state_size(self, dims: ModelDims, *, length: int) -> StateSize:
         """Return the size of cached keys and values of one sequence, at most those of the window."""
@@ -113,7 +114,10 @@ class DifferentialAttentionConfig(MixerConfig):
 def lambda_of(vectors: Float[Array, "4 H"], lambda_init: Float[Array, ""] | float) -> Float[Array, ""]:
     """Return exp(l_q1 . l_k1) - exp(l_q2 . l_k2) + lambda_init, for the rows l_q1, l_k1, l_q2, l_k2."""
     query1, key1, query2, key2 = vectors.astype(jnp.float32)
-    return jnp.exp(jnp.sum(query1 * key1)) - jnp.exp(jnp.sum(query2 * key2)) + lambda_init
+    # Where both exponentials overflow, their difference is no number.
+    first = jnp.exp(jnp.minimum(jnp.sum(query1 * key1), LARGEST_EXPONENT))
+    second = jnp.exp(jnp.minimum(jnp.sum(query2 * key2), LARGEST_EXPONENT))
+    return first - second + lambda_init
 
 
 def differential_attention(
