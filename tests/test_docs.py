@@ -348,7 +348,7 @@ def test_names_in_the_text_exist() -> None:
     others = {"MatMulNBits", "ValueError"} | {f"{name}ForCausalLM" for name in ("Llama", "Mistral")}
     others |= {"AutoTokenizer", "AutoModelForCausalLM"}
     for name, code in in_backticks():
-        for dotted in re.findall(r"(?<![\w./-])(slmjax(?:\.[A-Za-z_]+)+)", code):
+        for dotted in re.findall(r"(?<![\w./-])(slmjax(?:\.[A-Za-z_]\w*)+)", code):
             if dotted.endswith((".py", ".md")):
                 continue
             parts = dotted.split(".")

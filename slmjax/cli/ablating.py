@@ -60,7 +60,7 @@ def ablate_command(argv: Sequence[str]) -> int:
         # names of the arms to train now (none: all)
         only: tuple[str, ...] = ()
         # train members that differ in seeds and numbers alone in one program: on, off, or auto, where a short
-        # measurement shows that it is faster (a --worker: not)
+        # measurement shows that it is faster (not in workers)
         populations: Together = Together.AUTO
         # directory of results (none: runs/studies/ and the file's name)
         directory: str | None = None

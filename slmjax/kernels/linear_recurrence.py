@@ -2,11 +2,11 @@
 
 A head keeps a memory S [K, V], to which each token writes its key and value, and which its query reads:
 
-    o_t = S_t^T q_t
+- o_t = S_t^T q_t
 
-    S_t = D_t S_{t-1} + k_t v_t^T                                       linear attention, RetNet, GLA, SSD
-    S_t = D_t S_{t-1} + beta_t k_t (v_t - (D_t S_{t-1})^T k_t)^T        delta rule: (Gated) DeltaNet, KDA
-    S_t = D_t S_{t-1} - strength_t (S_{t-1}^T removal_t)^T + k_t v_t^T  diagonal plus rank one: RWKV-7
+- S_t = D_t S_{t-1} + k_t v_t^T                                       linear attention, RetNet, GLA, SSD
+- S_t = D_t S_{t-1} + beta_t k_t (v_t - (D_t S_{t-1})^T k_t)^T        delta rule: (Gated) DeltaNet, KDA
+- S_t = D_t S_{t-1} - strength_t (S_{t-1}^T removal_t)^T + k_t v_t^T  diagonal plus rank one: RWKV-7
 
 `D_t` is the decay: 1, a number, or a diagonal matrix with a number for each key dim. S is zero where a
 document begins. Training multiplies matrices chunk by chunk (`recurrence_chunks.py`), which takes T/C steps

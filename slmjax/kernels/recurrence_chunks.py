@@ -82,9 +82,7 @@ def advance(
     """Return the outputs of a chunk and the memory after its last token.
 
     With `L` the sums of log decays, the memory of token i is
-
-        S_i = exp(L_i) S + sum over j <= i of exp(L_i - L_j) k_j u_j^T
-
+    `S_i = exp(L_i) S + sum over j <= i of exp(L_i - L_j) k_j u_j^T`,
     where `u_j` is the value `v_j`. With the delta rule it is the value corrected by what the memory already
     holds, which depends on the corrections of earlier tokens: `(I + N) u = right side`, with `N` strictly
     lower triangular. The system is solved by substitution. A product of powers of `N` would need fewer steps,

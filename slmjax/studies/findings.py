@@ -425,10 +425,10 @@ def _power_notes(power: AchievedPower | None, comparisons: Sequence[Comparison],
         if power.seeds_needed is None
         else f"About {power.seeds_needed:,} seeds would."
     )
-    words = metric.replace("_", " ")
+    metric_name = metric.replace("_", " ")
     return [
         f"{COULD_NOT_ANSWER}: with the noise there is, {power.seeds} seeds "
-        f"resolve a difference of {power.smallest_resolved:.2g} {words} 4 times in 5, and the smallest "
+        f"resolve a difference of {power.smallest_resolved:.2g} {metric_name} 4 times in 5, and the smallest "
         f"effect worth having is {power.smallest_effect:.2g}, which they find {100 * (power.power or 0):.0f} "
         f"times in 100. {needed}"
     ]

@@ -1,7 +1,7 @@
 """Checks of a layer of one's own: what must hold for every token mixer, each as a number and its bound.
 
     from slmjax.testing import check_mixer
-    check_mixer(GatedConvolutionConfig(width=3))        # returns a report, or raises MixerError
+    check_mixer(AttentionConfig(num_heads=4))        # returns a report, or raises MixerError
 
 Files in reading order:
 

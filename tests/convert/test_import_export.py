@@ -261,7 +261,7 @@ def ffn(**fields: Any) -> BlockConfig:
         (odd(mixer(qk_norm=QkNorm.PER_HEAD, sinks=True)), r"sinks = True"),
         (
             odd(stack=stack_of([mixer(writes_kv="x"), mixer(reads_kv="x")])),
-            r"writes_kv = x \(read back as none\)",
+            r"writes_kv = x \(read back as None\)",
         ),
         (
             odd(

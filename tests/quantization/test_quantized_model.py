@@ -18,7 +18,6 @@ from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig, QkNorm
 from slmjax.models.mixers.latent import LatentAttentionConfig
-from slmjax.models.parameterization import Parameterization
 from slmjax.parallel.batches import place_batch
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings
@@ -53,10 +52,6 @@ PLAIN = ModelConfig(
     context_length=16,
     vocab_size=61,
     vocab_multiple=8,
-    # twice as wide and as deep as its base
-    parameterization=Parameterization.COMPLETEP,
-    base_width=32,
-    base_depth=1,
 )
 SMALL = dataclasses.replace(PLAIN, stack=(LayerGroup(pattern=(WINDOW,), repeats=2),))
 # Every weight, input and cache; 4 bits with computed and with learned scales, 3 with learned ones, inputs
@@ -217,7 +212,7 @@ def trained(
     """The state and the metrics after some batches."""
     mesh = make_mesh(mesh or MeshConfig(), jax.devices()[: 8 if mesh else 1])
     definition = define_quantized(config, phases)
-    optimizer = make_optimizer(optim, definition.params, total_steps=10, scaling=config.scaling)
+    optimizer = make_optimizer(optim, definition.params, total_steps=10)
     shapes = state_shapes(definition, optimizer, with_ema=True, mesh=mesh)
     train_step = step.make_train_step(
         definition,

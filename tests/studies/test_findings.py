@@ -119,7 +119,7 @@ def test_a_study_that_could_not_have_answered_its_question_says_so(tmp_path: Pat
     deviation = math.sqrt(2) * (findings.noise.deviation or math.nan)
     assert power.seeds_needed == seeds_needed(0.01, deviation, comparisons=2, arms=3)
     (note,) = (note for note in findings.notes if note.startswith("This study could not have answered"))
-    assert f"3 seeds resolve a difference of {power.smallest_resolved:.2g} bits_per_byte" in note
+    assert f"3 seeds resolve a difference of {power.smallest_resolved:.2g} bits per byte" in note
     assert f"About {power.seeds_needed:,} seeds would." in note
     enough = found(tmp_path, three_arms(smallest_effect=0.5))
     assert enough.power is not None and enough.power.could_answer

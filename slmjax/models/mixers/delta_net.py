@@ -1,6 +1,6 @@
 """The delta rule: a token replaces what the memory holds at its key, instead of adding to it.
 
-    S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,   S' = exp(g_t) S_{t-1},   o_t = S_t^T q_t / sqrt(K)
+- S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,   S' = exp(g_t) S_{t-1},   o_t = S_t^T q_t / sqrt(K)
 
 DeltaNet (Yang et al. 2024) has no decay: g = 0. Gated DeltaNet (Yang et al. 2024b) decays by head, and Kimi
 Delta Attention (Kimi Team 2025) by key dim: g_t = -exp(log_decay_rate) softplus(decay(x_t) + step_bias).

@@ -3,9 +3,9 @@
 A head has two queries and two keys for each token. Attention that both maps put on irrelevant tokens cancels
 (Ye et al. 2024, arXiv 2410.05258):
 
-    head = (softmax(q1 k1) - lambda softmax(q2 k2)) V
-    lambda = exp(l_q1 . l_k1) - exp(l_q2 . l_k2) + lambda_init,   lambda_init = 0.8 - 0.6 exp(-0.3 layer)
-    output = W_o concat((1 - lambda_init) RMSNorm(head))
+- head = (softmax(q1 k1) - lambda softmax(q2 k2)) V
+- lambda = exp(l_q1 . l_k1) - exp(l_q2 . l_k2) + lambda_init,   lambda_init = 0.8 - 0.6 exp(-0.3 layer)
+- output = W_o concat((1 - lambda_init) RMSNorm(head))
 
 Each map is an ordinary attention over the same values, so that every implementation of attention serves it.
 

@@ -1,8 +1,8 @@
 """Gated linear attention (Yang et al. 2023): a decay for each key dim, which depends on the token.
 
-    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
-    g_t = logsigmoid(decay_up(decay_down(x_t))) / 16
-    y = output(norm(o) * silu(gate(x)))
+- S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
+- g_t = logsigmoid(decay_up(decay_down(x_t))) / 16
+- y = output(norm(o) * silu(gate(x)))
 
 Dims: B batch, T time, D model, N heads, K key dims of a head, V value dims of a head.
 """

@@ -1,7 +1,7 @@
 """Linear attention (Katharopoulos et al. 2020): softmax replaced by a product of positive features.
 
-    o_t = phi(q_t) S_t / (phi(q_t) z_t),   S_t = sum of phi(k_s) v_s^T,   z_t = sum of phi(k_s),   s <= t
-    phi(x) = elu(x) + 1
+- o_t = phi(q_t) S_t / (phi(q_t) z_t),   S_t = sum of phi(k_s) v_s^T,   z_t = sum of phi(k_s),   s <= t
+- phi(x) = elu(x) + 1
 
 The sums are a memory of fixed size, so that a token costs the same at any length. `z` is one more dim of the
 values, all ones.

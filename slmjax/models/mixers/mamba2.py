@@ -1,8 +1,8 @@
 """Mamba-2, a state-space model whose state is a matrix per head (Dao & Gu 2024).
 
-    S_t = exp(-step_t exp(log_decay_rate)) S_{t-1} + step_t k_t v_t^T,   o_t = S_t^T q_t + skip v_t
-    step_t = softplus(step(x_t) + step_bias)
-    y = output(norm(o * silu(gate(x))))
+- S_t = exp(-step_t exp(log_decay_rate)) S_{t-1} + step_t k_t v_t^T,   o_t = S_t^T q_t + skip v_t
+- step_t = softplus(step(x_t) + step_bias)
+- y = output(norm(o * silu(gate(x))))
 
 In the terms of the paper `q` is C, `k` is B, `v` is x and `log_decay_rate` is A_log. Queries, keys and values
 pass through a short convolution. All heads of a group share queries and keys.

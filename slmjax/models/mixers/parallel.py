@@ -1,6 +1,6 @@
 """Several mixers side by side in one block: they read the same tokens, and their outputs are combined.
 
-    mixers = (AttentionConfig(num_heads=8), state_space)
+    mixers = (AttentionConfig(num_heads=8), Mamba2Config())
     ParallelMixerConfig(mixers=mixers, output_multipliers=(0.9, 0.5))      # as Falcon-H1
     ParallelMixerConfig(mixers=mixers, combine=Combine.MEAN_OF_NORMS)      # in the manner of Hymba
 

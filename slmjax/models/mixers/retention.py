@@ -1,7 +1,7 @@
 """Retention: linear attention with a fixed decay per head (RetNet, Sun et al. 2023; Lightning Attention-2).
 
-    S_t = gamma S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(H)
-    y = output(norm(o) * silu(gate(x)))
+- S_t = gamma S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(H)
+- y = output(norm(o) * silu(gate(x)))
 
 Dims: B batch, T time, D model, N heads, H key dims of a head, V value dims of a head.
 """

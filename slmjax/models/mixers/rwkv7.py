@@ -1,7 +1,7 @@
 """RWKV-7 (Peng et al. 2025): a decay per key dim, and a removal that is independent of what is written.
 
-    S_t = diag(w_t) S_{t-1} - (u_t a_t) (S_{t-1}^T u_t)^T + k_t v_t^T,   o_t = S_t^T r_t
-    y = output((group_norm(o) + (r k bonus) v) * gate)
+- S_t = diag(w_t) S_{t-1} - (u_t a_t) (S_{t-1}^T u_t)^T + k_t v_t^T,   o_t = S_t^T r_t
+- y = output((group_norm(o) + (r k bonus) v) * gate)
 
 The receptance `r` is the query, and `u` the removal key, of length 1. Each projection has its own mix of a
 token and the one before it. Values are mixed with those of the first layer, which that layer shares.

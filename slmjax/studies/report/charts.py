@@ -184,6 +184,9 @@ def _tradeoff(report: StudyReport, name: str) -> tuple[Chart, str] | None:
     }
     encoding = {"color": by_series(labels, has_legend=True)}
     marks = _tradeoff_marks(x, y, title=cost.axis, metric=metric)
+    # Vega warns of a layer without rows.
+    without_rows = {side for side in ("left", "right") if all(row["letter_at"] != side for row in rows)}
+    marks = [mark for mark in marks if mark.get("name") not in without_rows]
     spec = chart_spec(rows, {"encoding": encoding, "layer": marks})
     spec["height"] = 270
     way = "lower" if report.lower_is_better else "higher"
@@ -255,6 +258,7 @@ def _tradeoff_marks(x: Spec, y: Spec, *, title: str, metric: str) -> list[Spec]:
         },
         *(
             {
+                "name": side,
                 "mark": {"type": "text", "align": align, "dx": dx, "dy": -8, "fontSize": 11.5, "font": FONT},
                 "transform": [{"filter": f"datum.letter_at == '{side}'"}],
                 "encoding": {"x": x, "y": mean, "text": {"field": "letter"}},
