@@ -102,7 +102,7 @@ class DifferentialAttentionConfig(MixerConfig):
         """Return the FLOPs of both maps per token, averaged over a causal sequence."""
         window = length if self.window is None else min(self.window, length)
         mean_visible = (window * (window + 1) / 2 + (length - window) * window) / length
-        # Of each map, scores and a weighted sum of 2 H dims: queries and keys are padded to the width of values.
+        # Of each map, scores and a weighted sum of 2 H dims: queries and keys are padded to that.
         return 2 * 8 * mean_visible * self.num_heads * self.resolved_head_dim(dims)
 
     def state_size(self, dims: ModelDims, *, length: int) -> StateSize:

@@ -121,7 +121,8 @@ def test_costs_are_those_of_the_arrays():
     config = DifferentialAttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, window=3)
     cache = jax.eval_shape(lambda: config.build(DIMS, rngs=nnx.Rngs(params=0)).init_state(1, max_length=9))
     assert config.state_size(DIMS, length=9).bytes(4) == 4 * (cache.keys.size + cache.values.size)
-    # A token sees 8 / 3 others on average; each of two maps has scores of 6 dims, padded to 12, and a sum of 12.
+    # A token sees 8 / 3 others on average; each of two maps has scores of 6 dims, padded to 12,
+    # and a sum of 12.
     full = dataclasses.replace(config, window=None)
     assert full.mixing_flops(DIMS, length=9) == 2 * 4 * 5 * (2 * 12 + 2 * 12)
     assert config.mixing_flops(DIMS, length=9) == pytest.approx(2 * 4 * (24 / 9) * (2 * 12 + 2 * 12))
