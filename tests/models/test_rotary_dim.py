@@ -40,12 +40,16 @@ def first_mixer(config: ModelConfig) -> AttentionConfig:
 
 
 # Files of earlier versions ----------------------------------------------------------------------------------
+LATER_FIELDS = ("rotary_dim", "output_gate", "writes_kv", "reads_kv")  # of attention
+
+
 def older(config: ModelConfig, fraction: Any) -> str:
     """model.json as it was written when configs had a `rope_fraction`, and phases of quantization."""
     later = ("parameterization", "base_width", "base_depth", "base_head_dim")
     data = {name: value for name, value in to_json(config).items() if name not in later} | {"quant": []}
     for block in data["stack"][0]["pattern"]:
-        del block["mixer"]["rotary_dim"]
+        for name in LATER_FIELDS:
+            del block["mixer"][name]
         block["mixer"]["rope_fraction"] = fraction
         block["passes"] = block.pop("num_loops")
     return json.dumps(data)
@@ -104,7 +108,7 @@ def test_fingerprints_are_those_of_earlier_versions() -> None:
     before = {
         name: value
         for name, value in to_json(AttentionConfig(num_heads=2, head_dim=8)).items()
-        if name not in ("rotary_dim", "output_gate", "writes_kv", "reads_kv")
+        if name not in LATER_FIELDS
     }
     for rotated, fraction in ((None, 1.0), (4, 0.5)):
         actual = fingerprint(AttentionConfig(num_heads=2, head_dim=8, rotary_dim=rotated))

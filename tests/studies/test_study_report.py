@@ -554,7 +554,7 @@ def browser() -> str:
     ("theme", "width", "height", "num_charts"),
     [
         ("dark", 420, 1200, 1),
-        ("light", 1280, 2600, 3),
+        ("light", 1280, 3000, 3),
         pytest.param("light", 420, 9500, 9, marks=pytest.mark.nightly),
         pytest.param("dark", 1280, 5200, 9, marks=pytest.mark.nightly),
     ],
