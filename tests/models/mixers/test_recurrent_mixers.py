@@ -62,7 +62,6 @@ def test_outputs_of_transformers(case):
 @pytest.mark.nightly
 @pytest.mark.parametrize("case", oracle.CASES)
 def test_the_golden_values_equal_transformers(case):
-    pytest.importorskip("transformers")
     expected = oracle.reference_output(case)[0]
     np.testing.assert_allclose(json.loads(oracle.GOLDEN.read_text())[case], expected, atol=1e-6)
 

@@ -23,9 +23,6 @@ from slmjax.models import (
     ShortConvolutionConfig,
 )
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
 pytestmark = [
     pytest.mark.nightly,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch and transformers, about themselves
@@ -100,6 +97,8 @@ def recurrent_gemma_layer():
         }
 
     def run(x):
+        import torch
+
         return layer(x, torch.arange(x.shape[1])[None], None, use_cache=False)[0]
 
     return layer, parts, run
@@ -188,6 +187,8 @@ def build(config):
 
 @pytest.mark.parametrize(("config", "make"), LAYERS.values(), ids=LAYERS)
 def test_packed_rows_and_decoding_equal_the_layer_of_transformers(config, make):
+    import torch
+
     layer, parts, *run = make()
     run = run[0] if run else layer
     rng = np.random.default_rng(0)
