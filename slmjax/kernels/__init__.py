@@ -12,6 +12,7 @@ Files in reading order:
 - grouped.py: grouped products for experts
 - rounding.py: rounding in groups on TPU
 - causal_convolution.py: causal depthwise convolution and token shift
+- padding.py: padding on the right, for recurrences
 - recurrence_chunks.py: the arithmetic of a chunk of a linear recurrence
 - linear_recurrence.py: linear recurrences with decay, delta rule or a rank-one term
 - scans.py: recurrences of independent channels: selective scan, RG-LRU, RWKV-4

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from slmjax.kernels.padding import filled_segment_ids
 from slmjax.kernels.recurrence_chunks import (
     SMALLEST_LOG_DECAY,
     Tokens,
@@ -229,15 +230,7 @@ def _prepared(
     )
     if state is None:
         state = empty_recurrent_state(batch, num_heads=num_heads, key_dim=key_dim, value_dim=v.shape[-1])
-    return tokens, _documents(segment_ids, state.segment_ids), state
-
-
-def _documents(segment_ids: Int[Array, "B T"], before: Int[Array, " B"]) -> Int[Array, "B T"]:
-    """Return the segment of the last real token up to each one: padding belongs to what precedes it."""
-    positions = jnp.arange(segment_ids.shape[1])[None, :]
-    last_real = jax.lax.cummax(jnp.where(segment_ids > 0, positions, -1), axis=1)
-    filled = jnp.take_along_axis(segment_ids, jnp.maximum(last_real, 0), axis=1)
-    return jnp.where(last_real < 0, before[:, None], filled)
+    return tokens, filled_segment_ids(segment_ids, state.segment_ids), state
 
 
 # Token by token ---------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from slmjax.kernels.padding import filled_segment_ids
 from slmjax.parallel import communication, mesh
 
 # Small on CPU, where what a chunk expands to should stay in the cache of a core.
@@ -300,7 +301,7 @@ def _run(
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: set at least 1, or None for the platform's")
     before = empty if state is None else state
-    filled = _fill_padding(segment_ids, before.segments)
+    filled = filled_segment_ids(segment_ids, before.segments)
     real = segment_ids > 0
     starts = real & (segment_ids != jnp.concatenate([before.segments[:, None], filled[:, :-1]], axis=1))
 
@@ -326,14 +327,6 @@ def _run(
         )
     y, values = on_device((starts, real), channels, shared, before.values, weights)
     return y, None if state is None else ScanState(values=values, segments=filled[:, -1])
-
-
-def _fill_padding(segment_ids: Int[Array, "B T"], last: Int[Array, " B"]) -> Int[Array, "B T"]:
-    """Return segment ids in which padding has that of the real token before it, `last` if there is none."""
-    index = jnp.where(segment_ids > 0, jnp.arange(segment_ids.shape[1])[None, :], -1)
-    latest = jax.lax.cummax(index, axis=1)
-    ids = jnp.take_along_axis(segment_ids, jnp.maximum(latest, 0), axis=1)
-    return jnp.where(latest >= 0, ids, last[:, None]).astype(jnp.int32)
 
 
 def _rows(
