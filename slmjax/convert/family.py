@@ -56,12 +56,18 @@ class TensorMap:
     """
 
     around: tuple[Rule, ...]  # outside the layers
-    layer: tuple[Rule, ...]  # of each layer, after the prefix
+    # of each layer, after the prefix; a function if they depend on its block, as layers of several kinds have
+    # the same names of ours for different ones of theirs
+    layer: tuple[Rule, ...] | Callable[[BlockConfig], tuple[Rule, ...]]
     prefix: str = "model.layers.{i}."
     # prefix of the names below the head; absent if the model was saved without its head
     base: str = "model."
     # patterns of tensors that are not parameters
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+
+    def layer_rules(self, block: BlockConfig) -> tuple[Rule, ...]:
+        """Return the rules of a layer."""
+        return self.layer if isinstance(self.layer, tuple) else self.layer(block)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +131,36 @@ def joined(ours: Sequence[str], theirs: str) -> Rule:
         theirs=(theirs,),
         read=read,
         write=lambda arrays: [np.concatenate([array.T for array in arrays])],
+    )
+
+
+def interleaved(ours: Sequence[str], theirs: str, *, num_groups: int) -> Rule:
+    """Rule for matrices [in, out] joined into one [out, in] whose rows are sorted by group, such as a head.
+
+    The outputs of each of ours are those of the groups in order. Of theirs, each group has the outputs of the
+    first of ours, then those of the second, and so on. Vectors are joined in the same way.
+    """
+
+    def read(arrays: Arrays, shapes: Shapes) -> Arrays:
+        whole = arrays[0].T
+        groups = whole.reshape(*whole.shape[:-1], num_groups, -1)
+        ends = np.cumsum([shape[-1] // num_groups for shape in shapes])[:-1]
+        return [part.reshape(*whole.shape[:-1], -1) for part in np.split(groups, ends, axis=-1)]
+
+    def write(arrays: Arrays) -> Arrays:
+        groups = [array.reshape(*array.shape[:-1], num_groups, -1) for array in arrays]
+        return [np.concatenate(groups, axis=-1).reshape(*arrays[0].shape[:-1], -1).T]
+
+    return Rule(ours=tuple(ours), theirs=(theirs,), read=read, write=write)
+
+
+def convolution(ours: Sequence[str], theirs: str) -> Rule:
+    """Rule for the taps [W, C] of depthwise convolutions joined into one tensor [C, 1, W]."""
+    rule = joined(ours, theirs)
+    return dataclasses.replace(
+        rule,
+        read=lambda arrays, shapes: rule.read([np.squeeze(arrays[0], axis=1)], shapes),
+        write=lambda arrays: [array[:, None, :] for array in rule.write(arrays)],
     )
 
 
@@ -205,8 +241,8 @@ def bind(tensor_map: TensorMap, config: ModelConfig) -> list[BoundRule]:
     bound_rules = []
     scopes = [("", "", tensor_map.around)]
     scopes += [
-        (f"layers/{layer}/", tensor_map.prefix.format(i=layer), tensor_map.layer)
-        for layer in range(config.num_layers)
+        (f"layers/{layer}/", tensor_map.prefix.format(i=layer), tensor_map.layer_rules(block))
+        for layer, block in enumerate(config.blocks())
     ]
     for our_prefix, their_prefix, rules in scopes:
         for rule in rules:
