@@ -81,7 +81,7 @@ from slmjax.models.rope import (
     YarnScaling,
     sequence_lengths,
 )
-from slmjax.models.shared_layers import with_shared_key_values
+from slmjax.models.shared_layers import with_shared_ffn, with_shared_key_values
 
 __all__ = [
     "NO_CONTEXT",
@@ -146,6 +146,7 @@ __all__ = [
     "sequence_lengths",
     "stack_of",
     "truncated_normal",
+    "with_shared_ffn",
     "with_shared_key_values",
     "zoo",
 ]

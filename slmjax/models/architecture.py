@@ -211,6 +211,7 @@ class ModelConfig:
             )
         self._check_parameterization()
         self._check_shared_values()
+        self._check_shared_ffns()
 
     def _check_shared_values(self) -> None:
         """Raise ValueError for a layer that reads what no earlier layer writes, or not of that kind."""
@@ -235,6 +236,17 @@ class ModelConfig:
                 )
             if problem := mixer.source_problem(name, sources[name], self.layer_dims()):
                 raise ValueError(f"layer {layer} reads {name!r}: {problem}")
+
+    def _check_shared_ffns(self) -> None:
+        """Raise ValueError for layers that share a feed-forward layer and have other settings for it."""
+        shared = self.shared_ffns
+        for layer, block in enumerate(self.blocks()):
+            name = None if block.ffn is None else block.ffn.shared_name()
+            if name is not None and block.ffn != shared[name]:
+                raise ValueError(
+                    f"layer {layer} shares the feed-forward layer {name!r} with others, whose settings "
+                    f"differ: {block.ffn} and {shared[name]}. Give it the same settings, or another name"
+                )
 
     def _check_parameterization(self) -> None:
         for name in ("base_width", "base_depth", "base_head_dim"):
@@ -293,6 +305,17 @@ class ModelConfig:
         mixers = [block.mixer.training_note(dims) for block in parts if block.mixer is not None]
         ffns = [block.ffn.training_note() for block in parts if block.ffn is not None]
         return [*dict.fromkeys(filter(None, [*mixers, *ffns]))]
+
+    @property
+    def shared_ffns(self) -> dict[str, FfnConfig]:
+        """The feed-forward layers that several layers share, by name, in the order of their first use."""
+        shared: dict[str, FfnConfig] = {}
+        for block in (block for group in self.stack for block in group.pattern):
+            name = None if block.ffn is None else block.ffn.shared_name()
+            if block.ffn is not None and name is not None:
+                # All of one name are equal (`_check_shared_ffns`).
+                shared.setdefault(name, block.ffn)
+        return shared
 
     @property
     def num_layers(self) -> int:

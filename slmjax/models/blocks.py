@@ -9,7 +9,7 @@ Dims: B batch, T time, D model, R repeats of a group.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,9 @@ from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig, Nor
 from slmjax.models.layers import Norm, dropout
 from slmjax.models.protocols import (
     NO_CONTEXT,
+    Ffn,
     FfnAux,
+    FfnConfig,
     MixerContext,
     StatefulFfn,
     Visibility,
@@ -41,6 +43,7 @@ class LayerInputs:
     capture: Mapping[str, Callable[[Array], Array]]
     visibility: Visibility = Visibility.CAUSAL
     is_prefix: Bool[Array, "B T"] | None = None
+    shared_ffns: Mapping[str, Ffn] = dataclasses.field(default_factory=dict)  # by `FfnConfig.shared_name`
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +87,7 @@ class Block(nnx.Module):
         self.mixer = config.mixer.build(mixer_dims, rngs=rngs)
         self.mixer_norm = norm(before)
         self.mixer_post_norm = norm(after)
-        self.ffn = None if config.ffn is None else config.ffn.build(ffn_dims, rngs=rngs)
+        self.ffn = config.ffn.build(ffn_dims, rngs=rngs) if _has_own_weights(config.ffn) else None
         self.ffn_norm = norm(before and config.ffn is not None)
         self.ffn_post_norm = norm(after and config.ffn is not None)
 
@@ -109,13 +112,14 @@ class Block(nnx.Module):
         activations = {"mixer_output": mixed}
         aux = FfnAux(losses={}, metrics={})
         ffn_state = None
-        if self.ffn is not None:
+        ffn = self._ffn(inputs)
+        if ffn is not None:
             normed = _maybe(self.ffn_norm, x)
-            if isinstance(self.ffn, StatefulFfn):
+            if isinstance(ffn, StatefulFfn):
                 ffn_state = None if state is None else state.ffn
-                fed, aux, ffn_state = self.ffn(normed, segment_ids=inputs.segment_ids, state=ffn_state)
+                fed, aux, ffn_state = ffn(normed, segment_ids=inputs.segment_ids, state=ffn_state)
             else:
-                fed, aux = self.ffn(normed, segment_ids=inputs.segment_ids)
+                fed, aux = ffn(normed, segment_ids=inputs.segment_ids)
             x = self._add(x, _maybe(self.ffn_post_norm, fed), key, 1)
             activations["ffn_output"] = fed
         # One constraint per block keeps the residual stream sharded by batch and time.
@@ -133,6 +137,10 @@ class Block(nnx.Module):
             ffn=self.ffn.init_state(batch_size) if isinstance(self.ffn, StatefulFfn) else None,
         )
 
+    def _ffn(self, inputs: LayerInputs) -> Ffn | StatefulFfn | None:
+        name = None if self.config.ffn is None else self.config.ffn.shared_name()
+        return self.ffn if name is None else inputs.shared_ffns[name]
+
     def _add(
         self, x: Float[Array, "B T D"], update: Float[Array, "B T D"], key: Array | None, index: int
     ) -> Float[Array, "B T D"]:
@@ -140,6 +148,10 @@ class Block(nnx.Module):
             # The index gives mixer and feed-forward layer different masks.
             update = dropout(update, jax.random.fold_in(key, index), rate=self.dropout)
         return x + update * self.multiplier
+
+
+def _has_own_weights(config: FfnConfig | None) -> TypeGuard[FfnConfig]:
+    return config is not None and config.shared_name() is None
 
 
 def _maybe(norm: Norm | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from slmjax import losses
 from slmjax.models.architecture import HeadKind, ModelConfig
 from slmjax.models.blocks import CAPTURES, Block, BlockStack, LayerInputs
-from slmjax.models.layers import ArrayFunction, Embedding, dropout, lookup, truncated_normal
-from slmjax.models.protocols import Visibility
+from slmjax.models.layers import ArrayFunction, Embedding, ModelDims, dropout, lookup, truncated_normal
+from slmjax.models.protocols import Ffn, FfnConfig, Visibility
 from slmjax.parallel import communication
 
 
@@ -60,6 +60,13 @@ class Decoder(nnx.Module):
             None
             if rows is None
             else VocabTable(rows, config.embed_dim, std=config.init_std, key=position_key)
+        )
+        # Outside the groups, whose scans have them as constants: their gradient is the sum over all layers.
+        self.shared = nnx.Dict(
+            {
+                name: SharedFfn(ffn, config.layer_dims(), key=jax.random.fold_in(head_key, 1 + index))
+                for index, (name, ffn) in enumerate(config.shared_ffns.items())
+            }
         )
         stacks = []
         first_layer = 0
@@ -117,6 +124,7 @@ class Decoder(nnx.Module):
             capture=_checked_capture(capture or {}),
             visibility=visibility,
             is_prefix=is_prefix,
+            shared_ffns={name: module.ffn for name, module in self.shared.items()},
         )
         dtype = self.dtype
         # The multiplier is cast first, as in Gemma's reference: its rounding to bfloat16 is part of the
@@ -190,6 +198,20 @@ class VocabTable(nnx.Module):
 
     def __init__(self, num_rows: int, dim: int, *, std: float, key: Array) -> None:
         self.weight = nnx.Param(truncated_normal(key, (num_rows, dim), std))
+
+
+class SharedFfn(nnx.Module):
+    """A feed-forward layer that several layers use (`FfnConfig.shared_name`)."""
+
+    # The attribute's name is part of the path, as in a block: rules of sharding and formats go by it.
+    def __init__(self, config: FfnConfig, dims: ModelDims, *, key: Array) -> None:
+        ffn = config.build(dims, rngs=nnx.Rngs(params=key))
+        if not isinstance(ffn, Ffn):
+            raise ValueError(
+                f"{type(config).__name__} builds {type(ffn).__name__}, which has a decoding state: layers "
+                "can share an Ffn only"
+            )
+        self.ffn = ffn
 
 
 def _by_layer(stack: BlockStack, captures: list[dict[str, Array]]) -> dict[str, Array]:

@@ -1,7 +1,8 @@
 """Paths of parameters.
 
 A stacked path, `segments/0/blocks/1/mixer/query/weight`, names the parameters of all repeats of a layer
-group; a logical path, `layers/3/mixer/query/weight`, those of one layer.
+group; a logical path, `layers/3/mixer/query/weight`, those of one layer. A module that several layers share
+is outside the groups, and has one path: `shared/main/ffn/up/weight`.
 """
 
 import re
@@ -12,15 +13,40 @@ from slmjax.models.architecture import BlockConfig, ModelConfig
 # Numbers of each channel, for each tap of a convolution or state of a recurrence: no map between two spaces.
 PER_CHANNEL = re.compile(r"(taps|log_rates)$")
 
+SHARED = "shared/"  # begins the paths of what several layers share
+
 
 def is_multiplied(path: str, shape: Sequence[int]) -> bool:
-    """Return whether a stacked parameter holds matrices that tokens are multiplied with.
+    """Return whether a parameter of layers holds matrices that tokens are multiplied with.
 
     A stacked matrix has the layer dim and two more. So have biases of experts and numbers of each channel,
     which are no matrices.
     """
     is_matrix = not path.endswith("bias") and not PER_CHANNEL.search(path)
-    return path.startswith("segments/") and len(shape) > 2 and is_matrix
+    num_dims = len(shape) - path.startswith("segments/")
+    return is_in_layers(path) and num_dims > 1 and is_matrix
+
+
+def is_in_layers(path: str) -> bool:
+    """Return whether a parameter, by stack path or logical path, belongs to one or several layers."""
+    return path.startswith(("segments/", "layers/", SHARED))
+
+
+def num_uses(config: ModelConfig, path: str) -> int:
+    """Return how often a token is computed with each slice of a parameter, by stack path: once per loop.
+
+    A shared module counts for every layer that has it, and anything outside the layers once.
+    """
+    if path.startswith("segments/"):
+        return block_at(config, path).num_loops
+    if not path.startswith(SHARED):
+        return 1
+    name = path.split("/")[1]
+    return sum(
+        block.num_loops
+        for block in config.blocks()
+        if block.ffn is not None and block.ffn.shared_name() == name
+    )
 
 
 def block_at(config: ModelConfig, path: str) -> BlockConfig:

@@ -310,6 +310,13 @@ class FfnConfig(abc.ABC):
         """Return what initial parameters depend on, as `MixerConfig.layer_constants`: `dims.constants`."""
         return {}
 
+    def shared_name(self) -> str | None:
+        """Return the name of the module that all layers with this name use; None for one module per layer.
+
+        The decoder builds it once, an `Ffn` that has no `layer_constants`.
+        """
+        return None
+
     def training_note(self) -> str | None:
         """Return a warning about training with these settings; None if there is none."""
         return None

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from slmjax.data.batch import Batch
-from slmjax.models.paths import block_at
+from slmjax.models.paths import num_uses
 from slmjax.quantization.fake_quantization import define_quantized, phase_of, quantization_of
 from slmjax.quantization.quantizer_params import is_activation_quantizer_param, is_quantizer_param
 from slmjax.quantization.rules import phase_at
@@ -129,9 +129,9 @@ def _calibrated(setup: Setup, state: TrainState, batch: Batch) -> tuple[dict[str
     shardings = {path: leaf.sharding for path, leaf in ours.items()}
     calibrated = jax.jit(jax.grad(forward), out_shardings=shardings)(ours, rest)
     for path, leaf in calibrated.items():
-        if path.startswith("segments/"):
-            # Gradients add up over the loops of a layer; the scale is the mean of what they measured.
-            calibrated[path] = leaf / block_at(config, path).num_loops
+        # Gradients add up over loops, and over layers that share a module; the scale is the mean of what they
+        # measured.
+        calibrated[path] = leaf / num_uses(config, path)
     return (
         {path: calibrated.get(path, leaf) for path, leaf in params.items()},
         {path: calibrated.get(path, leaf) for path, leaf in buffers.items()},

@@ -116,6 +116,7 @@ def group_names(config: ModelConfig) -> tuple[str, ...]:
     names += ["embed", "final_norm"]
     names += ["head"] if config.head is HeadKind.UNTIED else []
     names += [] if config.learned_positions is None else ["positions"]
+    names += ["shared"] if config.shared_ffns else []
     return tuple(names)
 
 

@@ -26,6 +26,7 @@ import dataclasses
 import enum
 
 from slmjax.models.parameterization import Parameterization, Scaling
+from slmjax.models.paths import is_in_layers
 from slmjax.quantization.quantizer_params import is_quantizer_param
 
 
@@ -86,7 +87,7 @@ def multipliers_of(
     if scaling.kind is Parameterization.STANDARD:
         return Multipliers()
     role = role_of(path, num_dims=num_dims)
-    is_in_block = path.startswith(("segments/", "layers/"))
+    is_in_block = is_in_layers(path)
     if role is Role.HIDDEN and not is_in_block:
         # Another table outside the layers would silently train with the rate of a hidden matrix.
         raise ValueError(

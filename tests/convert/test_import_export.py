@@ -253,6 +253,7 @@ def ffn(**fields: Any) -> BlockConfig:
     ("model", "message"),
     [
         (odd(dataclasses.replace(BLOCK, num_loops=2)), r"layer 0.num_loops = 2 \(read back as 1\)"),
+        (odd(ffn(shared_as="main")), r"layer 0.ffn.shared_as = main \(read back as None\)"),
         (odd(dataclasses.replace(BLOCK, ffn=None)), r"a feed-forward layer is NoneType"),
         (odd(logit_softcap=9.0), r"logit_softcap = 9.0"),
         (odd(mixer(head_dim=7, qk_norm=QkNorm.PER_HEAD)), r"it would lose layer 0.mixer.qk_norm"),

@@ -50,6 +50,7 @@ def older(config: ModelConfig, fraction: Any) -> str:
     for block in data["stack"][0]["pattern"]:
         for name in LATER_FIELDS:
             del block["mixer"][name]
+        del block["ffn"]["shared_as"]
         block["mixer"]["rope_fraction"] = fraction
         block["passes"] = block.pop("num_loops")
     return json.dumps(data)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from slmjax.config import added_field
 from slmjax.models.layers import Linear, ModelDims
 from slmjax.models.protocols import Ffn, FfnAux, FfnConfig
 
@@ -63,6 +64,8 @@ class MlpConfig(FfnConfig):
     activation: Activation = Activation.SILU  # non-linearity
     gated: bool = True  # multiply by a second projection (SwiGLU when the activation is silu)
     bias: bool = False  # biases on all projections
+    # name of the weights, which all layers with this name share (none: each layer has its own)
+    shared_as: str | None = added_field(None, before=None)
 
     def __post_init__(self) -> None:
         if self.hidden_dim < 1:
@@ -72,10 +75,19 @@ class MlpConfig(FfnConfig):
                 "ffn.activation=clamped_silu needs two projections: set ffn.gated, or choose another "
                 "activation"
             )
+        # It is part of the parameters' paths.
+        if self.shared_as is not None and not self.shared_as.isidentifier():
+            raise ValueError(
+                f"ffn.shared_as must be a name of letters, digits and underscores, got {self.shared_as!r}"
+            )
 
     def build(self, dims: ModelDims, *, rngs: nnx.Rngs) -> "Mlp":
         """Build the module, with freshly initialised parameters."""
         return Mlp(self, dims, rngs=rngs)
+
+    def shared_name(self) -> str | None:
+        """Return the name of the weights that layers share."""
+        return self.shared_as
 
     def active_fraction(self) -> float:
         """Return 1: a dense layer has no experts, and uses every parameter."""

@@ -5,7 +5,7 @@ import math
 
 from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.definition import define
-from slmjax.models.paths import block_at, is_multiplied
+from slmjax.models.paths import block_at, is_multiplied, num_uses
 from slmjax.models.protocols import StateSize
 
 
@@ -25,9 +25,10 @@ def describe(config: ModelConfig) -> Summary:
     """Return the sizes and costs of an architecture. Nothing is computed or allocated.
 
     Training costs 6 FLOPs per token for each parameter in a matrix product (2 forward, 4 backward), once per
-    loop of a block. The head counts even if it is tied; the lookup in the embedding table does not. To this
-    come 3 times the FLOPs of mixers without their weights, averaged over a sequence of the context length.
-    Recomputation by a rematerialisation policy is not counted.
+    loop of a block, and once per layer of those that share the parameter. The head counts even if it is tied;
+    the lookup in the embedding table does not. To this come 3 times the FLOPs of mixers without their
+    weights, averaged over a sequence of the context length. Recomputation by a rematerialisation policy is
+    not counted.
 
     Raises:
       ValueError: the config has no vocabulary size.
@@ -44,7 +45,7 @@ def describe(config: ModelConfig) -> Summary:
         used = sizes[path] * _active_fraction(config, path)
         active += used
         if is_multiplied(path, dims):
-            multiplied += used * block_at(config, path).num_loops
+            multiplied += used * num_uses(config, path)
     # Each loop of a block computes and caches its own keys and values.
     mixers = [block.mixer for block in config.blocks() for _ in range(block.num_loops)]
     mixing_flops = sum(mixer.mixing_flops(model_dims, length=length) for mixer in mixers)
