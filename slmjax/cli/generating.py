@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from slmjax.cli.options import load_code, parse, positional, without_prefix
+from slmjax.cli.options import load_code, parse, positional, print_stderr, without_prefix
 
 
 class Format(enum.Enum):
@@ -74,6 +74,14 @@ def generate_command(argv: Sequence[str]) -> int:
         else:
             _write_all(loaded, requests, args, output_format, write)
     return 0
+
+
+def _print_drafts(generations: Sequence[Any]) -> None:
+    """Print how many of all drafts were accepted; nothing where there were none."""
+    drafted = sum(generation.drafted for generation in generations)
+    if drafted:
+        accepted = sum(generation.accepted for generation in generations)
+        print_stderr(f"accepted {accepted:,} of {drafted:,} drafted tokens ({accepted / drafted:.0%})")
 
 
 def _generate_arguments() -> type:
@@ -230,8 +238,9 @@ def _stream(loaded: Any, request: Request, settings: Any, write: Callable[[str],
         write(text if has_started else _echo(request) + text)
         has_started = True
 
-    generate(loaded, [request.input], config=settings, seeds=[_seed(request)], on_text=on_text)
+    generations = generate(loaded, [request.input], config=settings, seeds=[_seed(request)], on_text=on_text)
     write("\n" if has_started else _echo(request) + "\n")
+    _print_drafts(generations)
 
 
 def _write_all(
@@ -241,6 +250,7 @@ def _write_all(
     from slmjax.telemetry.run_directory import plain
 
     records = []
+    generations = []
     for first in range(0, len(requests), args.batch_size):
         batch = requests[first : first + args.batch_size]
         continuations = generate(
@@ -249,6 +259,7 @@ def _write_all(
             config=args.settings,
             seeds=[_seed(request) for request in batch],
         )
+        generations += continuations
         for request, continuation in zip(batch, continuations, strict=True):
             if output_format is Format.TEXT:
                 write(_echo(request) + continuation.text + ("\n\n" if len(requests) > 1 else "\n"))
@@ -256,11 +267,15 @@ def _write_all(
             record = plain({**request.identity, **dataclasses.asdict(continuation)})
             if not args.logprobs:
                 del record["logprobs"]
+            if args.settings.draft_tokens is None:
+                del record["drafted"]
+                del record["accepted"]
             records.append(record)
             if output_format is Format.JSONL:
                 write(json.dumps(record) + "\n")
     if output_format is Format.JSON:
         write(json.dumps(records, indent=2) + "\n")
+    _print_drafts(generations)
 
 
 def _seed(request: Request) -> int:

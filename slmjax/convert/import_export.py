@@ -177,7 +177,7 @@ def export_model(
     if to is Target.GGUF:
         written = gguf_model.write_model(local_model, tokenizer, out, dtype=array_dtype)
         write_card(local_model, out.with_suffix(".model_card.md"), title=out.stem, family=written.family)
-        return written
+        return dataclasses.replace(written, notes=(*written.notes, *_left_out(local_model.config)))
     with atomic_directory(out) as directory:
         export = hf_directory.write_directory(local_model, tokenizer, directory, dtype=array_dtype)
         write_card(
@@ -189,6 +189,16 @@ def export_model(
     notes: tuple[str, ...] = ()
     if local_model.formats:
         notes = (f"{len(local_model.formats)} quantized parameters are written dequantized",)
+    notes += tuple(_left_out(local_model.config))
     return Written(
         path=str(out), family=export.family.architecture, parameters=parameters, bytes=size, notes=notes
     )
+
+
+def _left_out(config: ModelConfig) -> Iterator[str]:
+    """Yield notes on what a model has, and other engines do not run."""
+    if config.multi_token is not None:
+        yield (
+            "the modules that predict tokens after the next one (multi_token) are left out: the next token "
+            "does not need them"
+        )

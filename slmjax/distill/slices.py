@@ -32,6 +32,7 @@ from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig, OutputGate, QkNorm
 from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.paths import FURTHER
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +93,8 @@ class _Pair:
 def student_cuts(teacher: Definition, student: Definition, *, chosen: Sequence[int]) -> dict[str, Cut]:
     """Return the cut for each parameter and buffer of the student, by logical path.
 
-    Buffers that the teacher does not have are left out. Logs a warning where settings differ that change what
-    the same parameters compute (a window, the base of the positions).
+    Buffers that the teacher does not have are left out, and so are modules of `multi_token`. Logs a warning
+    where settings differ that change what the same parameters compute (a window, the base of the positions).
 
     Args:
       teacher: definition of the teacher.
@@ -128,6 +129,9 @@ def student_cuts(teacher: Definition, student: Definition, *, chosen: Sequence[i
     buffers = _shapes(student, student.buffers)
     cuts = {}
     for name, shape in (_shapes(student, student.params) | buffers).items():
+        # Modules of further tokens begin afresh: those of another model predict from its own hidden states.
+        if name.startswith(FURTHER):
+            continue
         pair = pairs[int(name.split("/")[1])] if name.startswith("layers/") else None
         source = name if pair is None else f"layers/{pair.source}/{_within(name)}"
         # An untied head of a student whose teacher ties it.
@@ -164,6 +168,8 @@ def _refuse_dropped(teacher_names: Iterable[str], cuts: Mapping[str, Cut], pairs
     a tied head uses the embedding instead.
     """
     for name in teacher_names:
+        if name.startswith(FURTHER):
+            continue
         layer = int(name.split("/")[1]) if name.startswith("layers/") else None
         if layer is None:
             counterparts = [name]

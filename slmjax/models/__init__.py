@@ -20,6 +20,7 @@ Files in reading order:
 - shared_layers.py: layers that use what other layers have
 - canonical_form.py: one form for equal architectures
 - blocks.py: blocks, scanned over the repeats of their group
+- multi_token.py: modules that predict the tokens after the next one
 - decoder.py: the decoder, group after group
 - paths.py: paths of parameters, by stack and by layer
 - definition.py: a model as functions of flat dicts of parameters
@@ -32,6 +33,7 @@ from slmjax.models.architecture import (
     HeadKind,
     LayerGroup,
     ModelConfig,
+    MultiTokenConfig,
     NormPlacement,
     Precision,
     Remat,
@@ -119,6 +121,7 @@ __all__ = [
     "MlpConfig",
     "ModelConfig",
     "ModelDims",
+    "MultiTokenConfig",
     "MoeConfig",
     "NormKind",
     "NormPlacement",

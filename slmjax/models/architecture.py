@@ -128,6 +128,29 @@ class LayerGroup:
             )
 
 
+MOST_FURTHER_TOKENS = 8  # each has a module of its own, which is compiled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultiTokenConfig:
+    """Multi-token prediction: modules that predict tokens after the next one (`models/multi_token.py`)."""
+
+    num_tokens: int = 1  # tokens after the next one that are predicted; a module for each
+    weight: float = 0.3  # multiplies the mean of the modules' cross entropies, which is added to the loss
+    block: BlockConfig | None = None  # layer of each module (none: as the last layer of the model)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_tokens <= MOST_FURTHER_TOKENS:
+            raise ValueError(
+                f"multi_token.num_tokens must lie between 1 and {MOST_FURTHER_TOKENS}, got {self.num_tokens}"
+            )
+        if not 0.0 < self.weight < float("inf"):
+            raise ValueError(
+                f"multi_token.weight must be above 0, got {self.weight}: to train no further tokens, leave "
+                "multi_token out"
+            )
+
+
 # Parts that use `ModelDims.scaling`, and for whose parameters `training/multipliers.py` has rules.
 SCALED_PARTS: tuple[type, ...] = (
     AttentionConfig,
@@ -169,6 +192,8 @@ class ModelConfig:
     # cap * tanh(logits / cap), as in Gemma 2.
     logit_softcap: float | None = None  # logits are bounded to this by a tanh
     dropout: float = 0.0  # rate, on the embedded tokens and on what a block adds
+    # prediction of the tokens after the next one, for training and for drafts (none: of the next token alone)
+    multi_token: MultiTokenConfig | None = added_field(None, before=None)
     precision: Precision = Precision.FLOAT32  # dtype of the computation
     remat: Remat = Remat.NONE  # what the backward pass recomputes
 
@@ -212,6 +237,7 @@ class ModelConfig:
         self._check_parameterization()
         self._check_shared_values()
         self._check_shared_ffns()
+        self._check_multi_token()
 
     def _check_shared_values(self) -> None:
         """Raise ValueError for a layer that reads what no earlier layer writes, or not of that kind."""
@@ -273,6 +299,38 @@ class ModelConfig:
                         f"parameterization={kind.value} has rules for {known}, not for "
                         f"{type(part).__name__}: set parameterization=standard"
                     )
+
+    def _check_multi_token(self) -> None:
+        """Raise ValueError for modules of further tokens that cannot be built or trained."""
+        if self.multi_token is None:
+            return
+        if self.parameterization is not Parameterization.STANDARD:
+            raise ValueError(
+                f"parameterization={self.parameterization.value} has no rule for multi_token: leave "
+                "multi_token out, or set parameterization=standard"
+            )
+        block = self.multi_token_block
+        if isinstance(block.ffn, MoeConfig):
+            raise ValueError(
+                "the layer of multi_token must have a dense feed-forward layer, not experts: set "
+                "multi_token.block to such a layer"
+            )
+        if block.ffn is not None and (name := block.ffn.shared_name()) is not None:
+            raise ValueError(
+                f"the layer of multi_token has the feed-forward layer {name!r}, which the model's layers "
+                "share: set multi_token.block to a layer with its own"
+            )
+        if names := [name for mixer in innermost(block.mixer) for name in mixer.reads()]:
+            raise ValueError(
+                f"the layer of multi_token reads {names[0]!r} of other layers, which its modules do not get: "
+                "set multi_token.block to a layer that reads nothing"
+            )
+
+    @property
+    def multi_token_block(self) -> BlockConfig:
+        """The layer of each module of `multi_token`: run once, without a depth of its own."""
+        given = None if self.multi_token is None else self.multi_token.block
+        return dataclasses.replace(given or self.stack[-1].pattern[-1], num_loops=1)
 
     @classmethod
     def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:

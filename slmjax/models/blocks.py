@@ -287,6 +287,31 @@ class BlockStack(nnx.Module):
         return x, None if states is None else new_states, reports, captures, {**shared, **values}
 
 
+def run_block(
+    block: Block,
+    x: Float[Array, "B T D"],
+    *,
+    inputs: LayerInputs,
+    state: BlockState | None,
+    key: Array | None,
+    constants: Mapping[str, Any],
+    remat: Remat,
+) -> tuple[Array, BlockState | None, FfnAux]:
+    """Run a block outside the stack, once, without values of other layers."""
+    # Modules cannot cross the boundary of rematerialization.
+    graphdef, params = nnx.split(block)
+
+    def run(params: Any, x: Array, state: BlockState | None) -> tuple[Array, BlockState | None, FfnAux]:
+        context = _context(block.config, inputs, constants, {})
+        merged = nnx.merge(graphdef, params)
+        x, state, aux, _ = merged(x, inputs=inputs, state=state, key=key, context=context)
+        return x, state, aux
+
+    # No scan is around it that would keep the compiler from reusing the first result.
+    run = run if remat is Remat.NONE else _rematerialized(run, remat, prevent_cse=True)
+    return run(params, x, state)
+
+
 def _context(
     config: BlockConfig, inputs: LayerInputs, constants: Mapping[str, Any], values: Mapping[str, Any]
 ) -> MixerContext:
@@ -388,12 +413,12 @@ def _run_loops(
     return x, new_states, jax.tree.map(lambda *sums: sum(sums), *reports), captured
 
 
-def _rematerialized(body: Callable, remat: Remat) -> Callable:
+def _rematerialized(body: Callable, remat: Remat, *, prevent_cse: bool = False) -> Callable:
     # DOTS saves products with weights, which cost most to repeat. The scores of attention have batch dims:
     # they are large, and recomputed.
     policies = {
         Remat.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         Remat.FULL: jax.checkpoint_policies.nothing_saveable,
     }
-    # The scan is a barrier already: preventing common subexpressions again would cost time for nothing.
-    return jax.checkpoint(body, policy=policies[remat], prevent_cse=False)
+    # A scan is a barrier already: preventing common subexpressions again would cost time for nothing.
+    return jax.checkpoint(body, policy=policies[remat], prevent_cse=prevent_cse)

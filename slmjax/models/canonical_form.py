@@ -35,6 +35,8 @@ def canonical(config: ModelConfig) -> ModelConfig:
         init_std=0.02,
         precision=Precision.FLOAT32,
         remat=Remat.NONE,
+        # Its modules are not run to predict the next token.
+        multi_token=None,
     )
 
 

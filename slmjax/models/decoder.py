@@ -20,7 +20,8 @@ from slmjax import losses
 from slmjax.models.architecture import HeadKind, ModelConfig
 from slmjax.models.blocks import CAPTURES, Block, BlockStack, LayerInputs
 from slmjax.models.layers import ArrayFunction, Embedding, ModelDims, dropout, lookup, truncated_normal
-from slmjax.models.protocols import Ffn, FfnConfig, Visibility
+from slmjax.models.multi_token import MultiTokenModule
+from slmjax.models.protocols import Ffn, FfnAux, FfnConfig, Visibility
 from slmjax.parallel import communication
 
 
@@ -81,6 +82,16 @@ class Decoder(nnx.Module):
             if config.head is HeadKind.UNTIED
             else None
         )
+        further = config.multi_token
+        self.multi_token = (
+            None
+            if further is None
+            # Keys after those of the layers.
+            else nnx.List(
+                MultiTokenModule(config, key=jax.random.fold_in(layer_key, config.num_layers + index))
+                for index in range(further.num_tokens)
+            )
+        )
         # Marked as data, because quantization may set a module with variables here.
         self.head_quantizer: ArrayFunction | None = nnx.data(None)
 
@@ -127,9 +138,7 @@ class Decoder(nnx.Module):
             shared_ffns={name: module.ffn for name, module in self.shared.items()},
         )
         dtype = self.dtype
-        # The multiplier is cast first, as in Gemma's reference: its rounding to bfloat16 is part of the
-        # model.
-        x = self.embed(tokens, dtype=dtype) * jnp.asarray(self.config.embed_multiplier, dtype)
+        x = self._embedded(tokens)
         if self.positions is not None:
             x = x + lookup(self.positions.weight[...], positions, dtype=dtype)
         x = communication.constrain(x, ("batch", "time", None))
@@ -166,6 +175,56 @@ class Decoder(nnx.Module):
             captured=captured,
             state=None if state is None else new_states,
         )
+
+    def further(
+        self,
+        index: int,
+        hidden: Float[Array, "B T D"],
+        next_tokens: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        state: Any = None,
+        max_lengths: Int[Array, " B"] | None = None,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], FfnAux, Any]:
+        """Return hidden states with which the head predicts one token further than with `hidden`.
+
+        Args:
+          index: number of the module of `config.multi_token`, from 0: it predicts the token 2 + index after
+            each.
+          hidden: final hidden states; of module 0 those of the decoder, else those of the module before.
+          next_tokens: the token that `hidden` predicts: 1 + index after each. What it is at the end of a
+            document, where there is none, changes no other token.
+          segment_ids: as in the call of the decoder, as are positions, max_lengths and key.
+          state: decoding state from `init_further_state` or an earlier call; None for whole sequences.
+
+        Returns:
+          The hidden states, the report of the module's feed-forward layer, and the new decoding state.
+        """
+        assert self.multi_token is not None
+        inputs = LayerInputs(
+            segment_ids=segment_ids, positions=positions, max_lengths=max_lengths, capture={}
+        )
+        if key is not None:
+            # After the indices of the layers and of the embedded tokens.
+            key = jax.random.fold_in(key, self.config.num_layers + 1 + index)
+        module = self.multi_token[index]
+        hidden, aux, state = module(
+            hidden, self._embedded(next_tokens), inputs=inputs, state=state, key=key, remat=self.config.remat
+        )
+        return hidden if self.head_quantizer is None else self.head_quantizer(hidden), aux, state
+
+    def init_further_state(self, index: int, batch_size: int, *, max_length: int) -> Any:
+        """Return an empty decoding state of a module of `config.multi_token`."""
+        assert self.multi_token is not None
+        return self.multi_token[index].block.init_state(batch_size, max_length=max_length)
+
+    def _embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        # The multiplier is cast first, as in Gemma's reference: its rounding to bfloat16 is part of the
+        # model.
+        multiplier = jnp.asarray(self.config.embed_multiplier, self.dtype)
+        return self.embed(tokens, dtype=self.dtype) * multiplier
 
     def make_head(self) -> losses.Head:
         """Return the output projection, for the loss and the sampler."""

@@ -184,7 +184,10 @@ def inference_config(config: ModelConfig) -> ModelConfig:
     stack = tuple(
         dataclasses.replace(group, pattern=tuple(map(for_inference, group.pattern))) for group in config.stack
     )
-    return dataclasses.replace(config, stack=stack)
+    further = config.multi_token
+    if further is not None and further.block is not None:
+        further = dataclasses.replace(further, block=for_inference(further.block))
+    return dataclasses.replace(config, stack=stack, multi_token=further)
 
 
 def define_for_inference(config: ModelConfig) -> Definition:

@@ -2,7 +2,8 @@
 
 A stacked path, `segments/0/blocks/1/mixer/query/weight`, names the parameters of all repeats of a layer
 group; a logical path, `layers/3/mixer/query/weight`, those of one layer. A module that several layers share
-is outside the groups, and has one path: `shared/main/ffn/up/weight`.
+is outside the groups, and has one path: `shared/main/ffn/up/weight`. So are modules that predict further
+tokens: `multi_token/0/projection/weight`.
 """
 
 import re
@@ -14,6 +15,7 @@ from slmjax.models.architecture import BlockConfig, ModelConfig
 PER_CHANNEL = re.compile(r"(taps|log_rates)$")
 
 SHARED = "shared/"  # begins the paths of what several layers share
+FURTHER = "multi_token/"  # begins the paths of modules that predict the tokens after the next one
 
 
 def is_multiplied(path: str, shape: Sequence[int]) -> bool:
@@ -28,8 +30,8 @@ def is_multiplied(path: str, shape: Sequence[int]) -> bool:
 
 
 def is_in_layers(path: str) -> bool:
-    """Return whether a parameter, by stack path or logical path, belongs to one or several layers."""
-    return path.startswith(("segments/", "layers/", SHARED))
+    """Return whether a parameter, by stack or logical path, belongs to layers, or to modules beside them."""
+    return path.startswith(("segments/", "layers/", SHARED, FURTHER))
 
 
 def num_uses(config: ModelConfig, path: str) -> int:
@@ -39,6 +41,9 @@ def num_uses(config: ModelConfig, path: str) -> int:
     """
     if path.startswith("segments/"):
         return block_at(config, path).num_loops
+    if path.startswith("head_quantizer/"):
+        # The modules of further tokens read the table too.
+        return 1 + (0 if config.multi_token is None else config.multi_token.num_tokens)
     if not path.startswith(SHARED):
         return 1
     name = path.split("/")[1]

@@ -37,7 +37,7 @@ from slmjax.training.multipliers import role_of
 from slmjax.training.objective import CROSS_ENTROPY
 from slmjax.training.optim import OptimConfig, Optimizer, Schedule, make_optimizer
 from slmjax.training.programs import resolved_model
-from slmjax.training.step import loss_terms
+from slmjax.training.step import count_targets, loss_terms
 
 # Largest absolute exponent that counts as flat: nearer to 0 than to 1/2, the smallest by which sizes vary in
 # a wrong parameterization.
@@ -366,7 +366,7 @@ def captured_activations(
 
 def _loss(definition: Definition, params: Params, buffers: Params, batch: Batch) -> Array:
     terms, _ = loss_terms(definition, CROSS_ENTROPY, params, buffers, batch, key=None)
-    counts = {"targets": jnp.sum(batch.loss_mask), "tokens": jnp.sum(batch.segment_ids > 0)}
+    counts = count_targets(batch, definition.config)
     return jnp.sum(jnp.stack([value / jnp.maximum(counts[count], 1) for value, count in terms.values()]))
 
 

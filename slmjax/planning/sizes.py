@@ -67,7 +67,10 @@ def at_width(model: ModelConfig, width: int, *, growth: HeadGrowth) -> ModelConf
     stack = tuple(
         dataclasses.replace(group, pattern=tuple(map(wider, group.pattern))) for group in model.stack
     )
-    return dataclasses.replace(model, embed_dim=width, stack=stack)
+    further = model.multi_token
+    if further is not None and further.block is not None:
+        further = dataclasses.replace(further, block=wider(further.block))
+    return dataclasses.replace(model, embed_dim=width, stack=stack, multi_token=further)
 
 
 def _wider_mixer(mixer: MixerConfig, model: ModelConfig, ratio: Fraction, growth: HeadGrowth) -> MixerConfig:

@@ -66,6 +66,11 @@ def stack_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
                 f"{mixer_path}/cache": (group.config.repeats, *(mixer.cached_shape() or ()))
                 for mixer_path, mixer in caching_mixers(block.mixer, path)
             }
+    for index, module in enumerate(model.multi_token or ()):
+        shapes |= {
+            f"{mixer_path}/cache": mixer.cached_shape() or ()
+            for mixer_path, mixer in caching_mixers(module.block.mixer, f"multi_token/{index}/block/mixer")
+        }
     return shapes
 
 

@@ -22,6 +22,7 @@ from slmjax.quantization.fake_quantization import define_quantized, phase_of, qu
 from slmjax.quantization.quantizer_params import is_activation_quantizer_param, is_quantizer_param
 from slmjax.quantization.rules import phase_at
 from slmjax.runner.setup import Setup
+from slmjax.training import multi_token
 from slmjax.training.optim import restarted
 from slmjax.training.programs import make_programs
 from slmjax.training.state import TrainState
@@ -124,7 +125,16 @@ def _calibrated(setup: Setup, state: TrainState, batch: Batch) -> tuple[dict[str
             {path: merged[path] for path in params}, {path: merged[path] for path in buffers}
         )
         output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions)
-        return jnp.sum(output.hidden.astype(jnp.float32))
+        total = jnp.sum(output.hidden.astype(jnp.float32))
+        # Quantizers of modules of further tokens see their own inputs, and are there to be calibrated too.
+        hidden = output.hidden
+        for module in range(multi_token.num_modules(config)):
+            next_tokens = batch.targets if module == 0 else multi_token.further_targets(batch, module)[0]
+            hidden, _, _ = model.further(
+                module, hidden, next_tokens, segment_ids=batch.segment_ids, positions=batch.positions
+            )
+            total = total + jnp.sum(hidden.astype(jnp.float32))
+        return total
 
     shardings = {path: leaf.sharding for path, leaf in ours.items()}
     calibrated = jax.jit(jax.grad(forward), out_shardings=shardings)(ours, rest)

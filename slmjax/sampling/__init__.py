@@ -5,7 +5,8 @@
     conversation = [{"role": "user", "content": "Hello"}]
     generate(loaded, [encode_chat(loaded.tokenizer, conversation)])                          # to its answer
 
-In order: `settings.py` checks the settings, `choice.py` chooses the next token, `decoding.py` runs the model,
+In order: `settings.py` checks the settings, `choice.py` chooses the next token, `progress.py` has the state
+of a batch, `speculation.py` drafts and verifies several tokens at a time, `decoding.py` runs the model,
 `text.py` goes from text to text. `data/chat.py` makes the prompts of conversations.
 """
 

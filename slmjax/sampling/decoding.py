@@ -6,8 +6,7 @@ its limit, or the call has made its number of steps. The decoding state belongs 
 passed on. Lengths are rounded up, and temperature, probabilities, seeds and limits are arguments, so that few
 programs are compiled.
 
-Dims: B prompts, E tokens that end a continuation, S tokens of prompt and continuation together (a power of
-two), P tokens of the prefill, D model, V vocabulary.
+Dims: B prompts, S tokens of prompt and continuation together (a power of two).
 """
 
 import dataclasses
@@ -18,15 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from slmjax import losses
 from slmjax.models.architecture import LayerGroup
-from slmjax.models.decoder import Decoder, Output
+from slmjax.models.decoder import Decoder
 from slmjax.models.definition import Definition, restack, unstack
-from slmjax.parallel import communication
 from slmjax.quantization.fake_quantization import define_quantized, phases_of
-from slmjax.sampling.choice import next_tokens, penalised
+from slmjax.sampling import speculation
+from slmjax.sampling.progress import Progress, Readable, Rule, extended, readable
 from slmjax.sampling.settings import DEFAULT, SamplingConfig, check_prompts, length_limits, resolved_seeds
 
 SMALLEST_LENGTH = 16  # shorter sequences are padded to this length
@@ -43,6 +41,8 @@ class Continuation:
     tokens: list[int]  # new tokens; the last is EOS if it was reached
     # of each new token, under the model's distribution before penalty, temperature and filters
     logprobs: list[float]
+    drafted: int = 0  # tokens that were drafted and verified, with `draft_tokens`
+    accepted: int = 0  # drafts among the new tokens
 
 
 def sample(
@@ -81,6 +81,7 @@ def sample(
     if not prompts:
         return []
     check_prompts(prompts, vocab_size=definition.config.known_vocab_size)
+    num_drafts = _num_drafts(config, definition, prompts)
     starts = np.asarray([len(prompt) for prompt in prompts], np.int32)
     limits = length_limits(
         prompts, max_tokens=config.max_tokens, context_length=definition.config.context_length
@@ -96,23 +97,58 @@ def sample(
     tokens = _padded(prompts, _power_of_two(max(limits)))
     model = _for_decoding(definition, params, buffers)
     # Prefill also yields the first new token of every prompt.
-    progress, readable = _prefill(
-        model, rule, tokens, starts, prefill_length=_power_of_two(int(starts.max()))
+    progress, values = _prefill(
+        model,
+        rule,
+        tokens,
+        starts,
+        prefill_length=_power_of_two(int(starts.max())),
+        num_drafts=num_drafts,
     )
     while True:
         # One transfer per call: waiting for the device after every token would be slow.
-        filled, logprobs, ends, done = jax.device_get(readable)
-        continuations = [
-            Continuation(tokens=row[start:end].tolist(), logprobs=row_logprobs[start:end].tolist())
-            for row, row_logprobs, start, end in zip(filled, logprobs, starts, ends, strict=True)
-        ]
+        read = jax.device_get(values)
+        continuations = _continuations(read, starts)
         stopped = [
             bool(is_done) or (watch is not None and watch(i, continuations[i].tokens))
-            for i, is_done in enumerate(done)
+            for i, is_done in enumerate(read[3])
         ]
         if all(stopped):
             return continuations
-        progress, readable = _continue(model, rule, progress, np.asarray(stopped), np.int32(steps_per_call))
+        progress, values = _continue(model, rule, progress, np.asarray(stopped), np.int32(steps_per_call))
+
+
+def _continuations(values: Sequence[np.ndarray], starts: np.ndarray) -> list[Continuation]:
+    """Return the new tokens of each prompt from the values of `readable`."""
+    tokens, logprobs, ends, _, drafted, accepted = values
+    return [
+        Continuation(
+            tokens=tokens[row, start:end].tolist(),
+            logprobs=logprobs[row, start:end].tolist(),
+            drafted=int(drafted[row]),
+            accepted=int(accepted[row]),
+        )
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]
+
+
+def _num_drafts(config: SamplingConfig, definition: Definition, prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens are drafted at a time; 0 to decode without drafts.
+
+    Raises:
+      ValueError: the model has too few modules.
+    """
+    if config.draft_tokens is None:
+        return 0
+    further = definition.config.multi_token
+    num_modules = 0 if further is None else further.num_tokens
+    if config.draft_tokens > num_modules:
+        raise ValueError(
+            f"draft_tokens={config.draft_tokens}, and the model has {num_modules} modules that predict "
+            "tokens after the next one: ask for at most that many, or train a model with model.multi_token"
+        )
+    # Each module begins with a pair of tokens of the prompt: the last one needs as many as there are modules.
+    return min(config.draft_tokens, *map(len, prompts))
 
 
 def _padded(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:
@@ -190,96 +226,23 @@ def _unstacked(
     return move(params, unstacked.params), move(buffers, unstacked.buffers)
 
 
-# Inside the compiled program --------------------------------------------------------------------------------
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["seeds", "limits", "end_ids", "temperature", "top_p", "min_p", "penalty"],
-    meta_fields=["top_k"],
-)
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rule:
-    """The settings of sampling as arguments of a compiled function.
-
-    The fields are typed `Any` because this is a pytree; None leaves a setting out.
-    """
-
-    seeds: Any  # UInt32[Array, " B"]
-    limits: Any  # Int32[Array, " B"]: largest number of tokens of each row, its prompt included
-    end_ids: Any  # Int32[Array, " E"]: each of these tokens ends a continuation
-    temperature: Any  # Float32[Array, ""], None for the most likely token
-    top_p: Any  # Float32[Array, ""] | None
-    min_p: Any  # Float32[Array, ""] | None
-    penalty: Any  # Float32[Array, ""] | None
-    top_k: int | None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Progress:
-    """The state that changes with every token. The fields are typed `Any` because this is a pytree."""
-
-    tokens: Any  # Int32[Array, "B S"]: prompts with their new tokens
-    logprobs: Any  # Float32[Array, "B S"]: of the new tokens
-    lengths: Any  # Int32[Array, " B"]: tokens so far
-    done: Any  # Bool[Array, " B"]
-    state: Any  # decoding state of the model, for all tokens but the newest
-    used: Any  # Bool[Array, "B V"] | None: tokens of the text so far, if they are penalised
-
-
-Readable = tuple[Array, Array, Array, Array]
-
-
-def _readable(progress: Progress) -> Readable:
-    """Return tokens, log-probabilities, lengths and ends, replicated, so that every process can read them."""
-    rows = (None, None)
-    row = (None,)
-    return (
-        communication.constrain(progress.tokens, rows),
-        communication.constrain(progress.logprobs, rows),
-        communication.constrain(progress.lengths, row),
-        communication.constrain(progress.done, row),
-    )
-
-
-def _extended(progress: Progress, rule: Rule, output: Output, hidden: Float[Array, "B D"]) -> Progress:
-    """Append to each unfinished prompt the token that follows its last hidden state."""
-    num_prompts, capacity = progress.tokens.shape
-    rows = jnp.arange(num_prompts)
-    logits = losses.logits(hidden, output.head)[:, : output.head.vocab_size]
-    adjusted = logits if progress.used is None else penalised(logits, progress.used, penalty=rule.penalty)
-    # A key per prompt and position, so that a draw does not depend on the other prompts or on the call.
-    keys = jax.vmap(lambda seed, length: jax.random.fold_in(jax.random.key(seed), length))(
-        rule.seeds, progress.lengths
-    )
-    new = next_tokens(
-        adjusted, keys, temperature=rule.temperature, top_k=rule.top_k, top_p=rule.top_p, min_p=rule.min_p
-    )
-    # Log-probabilities are those of the model, whatever the filters.
-    logprobs = jnp.take_along_axis(logits, new[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-    # An index out of range drops the token of a finished prompt.
-    indices = jnp.where(progress.done, capacity, progress.lengths)
-    lengths = jnp.where(progress.done, progress.lengths, progress.lengths + 1)
-    return Progress(
-        tokens=progress.tokens.at[rows, indices].set(new, mode="drop"),
-        logprobs=progress.logprobs.at[rows, indices].set(logprobs, mode="drop"),
-        lengths=lengths,
-        done=progress.done
-        | jnp.any(new[:, None] == rule.end_ids[None, :], axis=1)
-        | (lengths >= rule.limits),
-        state=output.state,
-        used=None if progress.used is None else progress.used.at[rows, new].set(True),
-    )
-
-
-@functools.partial(jax.jit, static_argnames="prefill_length")
+# Compiled programs ------------------------------------------------------------------------------------------
+@functools.partial(jax.jit, static_argnames=("prefill_length", "num_drafts"))
 def _prefill(
-    model: Decoder, rule: Rule, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], *, prefill_length: int
+    model: Decoder,
+    rule: Rule,
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    *,
+    prefill_length: int,
+    num_drafts: int,
 ) -> tuple[Progress, Readable]:
     """Run the prompts through the model, and return the state with the first new token of each."""
     num_prompts, capacity = tokens.shape
     state = model.init_state(num_prompts, max_length=capacity)
     hidden = None
     output = None
+    chunks = []
     for first in range(0, prefill_length, PREFILL_CHUNK):
         part = tokens[:, first : min(first + PREFILL_CHUNK, prefill_length)]
         positions = jnp.broadcast_to(first + jnp.arange(part.shape[1])[None, :], part.shape)
@@ -287,6 +250,7 @@ def _prefill(
         row_inputs = {"segment_ids": segment_ids, "positions": positions, "max_lengths": rule.limits}
         output = model(part, **row_inputs, state=state)
         state = output.state
+        chunks.append(output.hidden)
         # The last token of each prompt is in one of the chunks.
         index = lengths - 1 - first
         # Prompts that end in another chunk read a wrong position here, which the next line discards.
@@ -311,25 +275,31 @@ def _prefill(
         state=state,
         used=used,
     )
-    progress = _extended(progress, rule, output, hidden)
-    return progress, _readable(progress)
+    progress = extended(progress, rule, output, hidden)
+    if num_drafts:
+        progress = speculation.begin(
+            model, rule, progress, chunks, num_drafts=num_drafts, prefill_length=prefill_length
+        )
+    return progress, readable(progress)
 
 
 @functools.partial(jax.jit, donate_argnames="progress")
 def _continue(
     model: Decoder, rule: Rule, progress: Progress, stopped: Bool[Array, " B"], num_steps: Int[Array, ""]
 ) -> tuple[Progress, Readable]:
-    """Generate up to `num_steps` more tokens for each unfinished prompt."""
+    """Run the model up to `num_steps` times, for one token of each unfinished prompt, or with drafts more."""
 
     def step(carry: tuple[Progress, Array]) -> tuple[Progress, Array]:
         progress, count = carry
+        if progress.drafting is not None:
+            return speculation.advance(model, rule, progress), count + 1
         positions = progress.lengths[:, None] - 1
         newest = jnp.take_along_axis(progress.tokens, positions, axis=1)
         # A finished prompt feeds padding.
         segment_ids = jnp.where(progress.done, 0, 1)[:, None]
         row_inputs = {"segment_ids": segment_ids, "positions": positions, "max_lengths": rule.limits}
         output = model(newest, **row_inputs, state=progress.state)
-        return _extended(progress, rule, output, output.hidden[:, 0]), count + 1
+        return extended(progress, rule, output, output.hidden[:, 0]), count + 1
 
     def is_unfinished(carry: tuple[Progress, Array]) -> Bool[Array, ""]:
         return (carry[1] < num_steps) & ~jnp.all(carry[0].done)
@@ -337,4 +307,4 @@ def _continue(
     # Prompts that the caller stopped, for example at a stop text.
     progress = dataclasses.replace(progress, done=progress.done | stopped)
     progress, _ = jax.lax.while_loop(is_unfinished, step, (progress, jnp.int32(0)))
-    return progress, _readable(progress)
+    return progress, readable(progress)

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+from slmjax.config import added_field
+
 DEFAULT_MAX_TOKENS = 128
 LARGEST_SEED = 2**32 - 1
 
@@ -22,6 +24,8 @@ class SamplingConfig:
     # for tokens of the text so far: positive logits are divided by it, others multiplied (none: 1)
     repetition_penalty: float | None = None
     seed: int = 0  # random seed of the first prompt; that of the next prompt is one more, and so on
+    # tokens that the modules of model.multi_token draft, and the model verifies, at a time (none: no drafts)
+    draft_tokens: int | None = added_field(None, before=None)
     stop: tuple[str, ...] = ()  # texts that end a continuation, which does not include them
 
     def __post_init__(self) -> None:
@@ -30,6 +34,10 @@ class SamplingConfig:
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(
                 f"temperature must be 0 (the most likely token) or above, got {self.temperature}"
+            )
+        if self.draft_tokens is not None and self.draft_tokens < 1:
+            raise ValueError(
+                f"draft_tokens must be at least 1, or none to decode without drafts, got {self.draft_tokens}"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or none for all tokens, got {self.top_k}")

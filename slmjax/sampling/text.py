@@ -32,6 +32,8 @@ class Generation:
     prompt_tokens: tuple[int, ...]  # with BOS first if the model expects it
     reason: FinishReason
     seed: int  # reproduces this continuation from its prompt alone
+    drafted: int = 0  # tokens that modules of the model drafted, with `draft_tokens`
+    accepted: int = 0  # drafts that the model confirmed, as far as it went
 
 
 def generate(
@@ -93,6 +95,8 @@ def generate(
                 prompt_tokens=tuple(prompt),
                 reason=reason,
                 seed=resolved[index],
+                drafted=continuation.drafted,
+                accepted=continuation.accepted,
             )
         )
     return generations

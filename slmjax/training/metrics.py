@@ -52,7 +52,7 @@ def step_metrics(
         "skipped": new_state.skipped,
         "skipped_in_a_row": new_state.skipped_in_a_row,
         "data_checksum": data_checksum(batch.row_ids),
-        **totals,
+        **{name: totals[name] for name in ("targets", "tokens", "bytes")},
     }
     for name, key in {"accuracy": "correct", "divergence": "divergence"}.items():
         if key in sums:
@@ -117,6 +117,7 @@ def group_names(config: ModelConfig) -> tuple[str, ...]:
     names += ["head"] if config.head is HeadKind.UNTIED else []
     names += [] if config.learned_positions is None else ["positions"]
     names += ["shared"] if config.shared_ffns else []
+    names += [] if config.multi_token is None else ["multi_token"]
     return tuple(names)
 
 

@@ -22,12 +22,14 @@ from jaxtyping import Array, Bool, Float
 from slmjax import losses
 from slmjax.data.batch import Batch
 from slmjax.distill import objective as distillation
+from slmjax.models.architecture import ModelConfig
 from slmjax.models.definition import Definition, Params
 from slmjax.models.ffn import moe
 from slmjax.models.paths import block_at
 from slmjax.parallel import communication
 from slmjax.quantization.fake_quantization import fake_quantize, weight_formats
 from slmjax.quantization.schedule import QuantSchedule
+from slmjax.training import multi_token
 from slmjax.training.hyperparameters import Hyperparameters
 from slmjax.training.metrics import GradientGroups, gradient_groups, gradient_norms, step_metrics
 from slmjax.training.objective import ObjectiveConfig
@@ -81,7 +83,7 @@ def train_step(
     # Folded from the step, so that a resumed run draws what an uninterrupted one would have drawn.
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     # The loss is a mean over the global batch, so its counts are taken before the batch is split.
-    totals = count_targets(batch)
+    totals = count_targets(batch, settings.definition.config)
     weights = None
     if settings.objective.distill is not None:
         weights = distill_weights(settings, state, key)
@@ -133,6 +135,7 @@ def train_step(
         grad_norms=gradient_norms(grads, settings.gradient_groups),
         learning_rate=settings.learning_rate(state.step - state.skipped),
     )
+    metrics |= multi_token.further_metrics(sums, totals, settings.definition.config)
     if weights is not None:
         metrics |= distillation.weight_metrics(weights)
     return new_state, metrics
@@ -199,12 +202,16 @@ def compiled_step(settings: StepSettings, shapes: TrainState) -> TrainStep:
 
 
 # Its stages, in order ---------------------------------------------------------------------------------------
-def count_targets(batch: Batch) -> dict[str, Float[Array, ""]]:
-    """Return the denominators of a batch: scored targets, real tokens, UTF-8 bytes of the scored targets."""
+def count_targets(batch: Batch, config: ModelConfig) -> dict[str, Float[Array, ""]]:
+    """Return the denominators of a batch: scored targets, real tokens, UTF-8 bytes of the scored targets.
+
+    To these come the targets of each module of `config.multi_token`.
+    """
     return {
         "targets": jnp.sum(batch.loss_mask),
         "tokens": jnp.sum(batch.segment_ids > 0).astype(jnp.float32),
         "bytes": jnp.sum(batch.num_bytes).astype(jnp.float32),
+        **multi_token.further_counts(batch, config),
     }
 
 
@@ -307,6 +314,14 @@ def loss_terms(
     output = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, key=key)
     # Load balancing of experts, and whatever else layers add to the loss, is a mean over all tokens.
     auxiliary = {name: (value, "tokens") for name, value in output.losses.items()}
+    z_loss = objective.z_loss if z_loss is None else z_loss
+    further_sums: dict[str, Array] = {}
+    if model.config.multi_token is not None:
+        # Learned from the text, also where the next token is learned from teachers.
+        further, further_sums = multi_token.further_terms(
+            model, output, batch, key=key, z_loss=z_loss, chunk_size=objective.chunk_size
+        )
+        auxiliary |= further
     if objective.distill is not None and teacher_outputs and weights is not None:
         value, sums = distillation.batch_loss(
             objective.distill,
@@ -324,13 +339,13 @@ def loss_terms(
             output.head,
             batch.targets,
             batch.loss_mask,
-            z_loss=objective.z_loss if z_loss is None else z_loss,
+            z_loss=z_loss,
             chunk_size=objective.chunk_size,
         )
         if weights is not None:
             value = value * weights.hard
         terms = {"cross_entropy": (value, "targets")}
-    return terms | auxiliary, {**sums, **output.metrics}
+    return terms | auxiliary, {**sums, **further_sums, **output.metrics}
 
 
 def apply_gradients(settings: StepSettings, state: TrainState, grads: Params) -> TrainState:

@@ -5,7 +5,7 @@ import math
 
 from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.definition import define
-from slmjax.models.paths import block_at, is_multiplied, num_uses
+from slmjax.models.paths import FURTHER, block_at, is_multiplied, num_uses
 from slmjax.models.protocols import StateSize
 
 
@@ -14,7 +14,8 @@ class Summary:
     """Sizes and costs of an architecture, computed from its config."""
 
     parameters: int  # all trained parameters; a tied table counts once
-    active_parameters: int  # parameters that one token uses: of the experts, only the selected ones
+    # parameters that the prediction of the next token uses: of the experts, only the selected ones
+    active_parameters: int
     embedding_parameters: int  # parameters of the tables with one row per token: embedding and untied head
     training_flops_per_token: float  # forward and backward, at the context length
     bytes_bf16: int  # bytes of all parameters in bfloat16
@@ -41,13 +42,18 @@ def describe(config: ModelConfig) -> Summary:
     active = 0.0
     # The product of the head, with rows of padding; the lookup of embeddings multiplies nothing.
     multiplied = float(config.table_rows * config.embed_dim)
+    further = 0 if config.multi_token is None else config.multi_token.num_tokens
+    # Each module of further tokens has a product with the head of its own.
+    multiplied *= 1 + further
     for path, dims in shapes.items():
         used = sizes[path] * _active_fraction(config, path)
-        active += used
+        # They are left out where the next token alone is predicted.
+        active += 0 if path.startswith(FURTHER) else used
         if is_multiplied(path, dims):
             multiplied += used * num_uses(config, path)
     # Each loop of a block computes and caches its own keys and values.
     mixers = [block.mixer for block in config.blocks() for _ in range(block.num_loops)]
+    mixers += [config.multi_token_block.mixer] * further
     mixing_flops = sum(mixer.mixing_flops(model_dims, length=length) for mixer in mixers)
     state_bytes = state_size(config, length=length).bytes(2)
     return Summary(
