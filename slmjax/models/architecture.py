@@ -329,8 +329,8 @@ class ModelConfig:
     @property
     def multi_token_block(self) -> BlockConfig:
         """The layer of each module of `multi_token`: run once, without a depth of its own."""
-        given = None if self.multi_token is None else self.multi_token.block
-        return dataclasses.replace(given or self.stack[-1].pattern[-1], num_loops=1)
+        own = None if self.multi_token is None else self.multi_token.block
+        return dataclasses.replace(own or self.stack[-1].pattern[-1], num_loops=1)
 
     @classmethod
     def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:

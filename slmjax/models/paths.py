@@ -30,7 +30,7 @@ def is_multiplied(path: str, shape: Sequence[int]) -> bool:
 
 
 def is_in_layers(path: str) -> bool:
-    """Return whether a parameter, by stack or logical path, belongs to layers, or to modules beside them."""
+    """Return whether a parameter, by stack or logical path, belongs to layers, or to modules like them."""
     return path.startswith(("segments/", "layers/", SHARED, FURTHER))
 
 

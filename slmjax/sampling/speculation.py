@@ -241,8 +241,8 @@ def _verify(rule: Rule, progress: Progress, drafts: Drafts, output: Output) -> V
     tokens = jnp.stack(new, axis=1)
     # Accepted are the drafts before the first that is not.
     leading = jnp.cumprod(jnp.stack(accepted[:-1], axis=1).astype(jnp.int32), axis=1)
-    room = jnp.where(progress.done, 0, rule.limits - progress.lengths)
-    counts = jnp.minimum(1 + jnp.sum(leading, axis=1), room)
+    available = jnp.where(progress.done, 0, rule.limits - progress.lengths)
+    counts = jnp.minimum(1 + jnp.sum(leading, axis=1), available)
     ends = jnp.stack([is_end(rule, token) for token in new], axis=1)
     ends &= jnp.arange(num_drafts + 1)[None, :] < counts[:, None]
     has_ended = jnp.any(ends, axis=1)
@@ -252,7 +252,7 @@ def _verify(rule: Rule, progress: Progress, drafts: Drafts, output: Output) -> V
         tokens=tokens,
         logprobs=jnp.stack(logprobs, axis=1),
         counts=counts,
-        num_drafts=jnp.minimum(num_drafts, room),
+        num_drafts=jnp.minimum(num_drafts, available),
         num_accepted=jnp.minimum(jnp.sum(leading, axis=1), counts),
         has_ended=has_ended,
     )

@@ -248,7 +248,8 @@ def test_a_context_axis_changes_nothing() -> None:
 def test_costs_are_those_of_the_program() -> None:
     """The FLOPs of a forward pass, with products of the head, and the parameters of the modules."""
     plain = dataclasses.replace(CONFIG, multi_token=None)
-    more, fewer = describe(CONFIG), describe(plain)
+    more = describe(CONFIG)
+    fewer = describe(plain)
     of_module = 32 * 16 + 16 * (16 + 16 + 8 + 8) + 3 * 16 * 16 + 5 * 16
     assert more.parameters - fewer.parameters == 2 * of_module
     assert more.active_parameters == fewer.active_parameters == fewer.parameters
