@@ -51,7 +51,7 @@ from slmjax.models.mixers.griffin import RgLruConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.models.mixers.linear_attention import LinearAttentionConfig
 from slmjax.models.mixers.mamba import MambaConfig
-from slmjax.models.mixers.mamba2 import Mamba2Config
+from slmjax.models.mixers.mamba2 import GatedNorm, Mamba2Config
 from slmjax.models.mixers.parallel import Combine, ParallelMixerConfig
 from slmjax.models.mixers.retention import RetentionConfig, RetentionDecay
 from slmjax.models.mixers.rwkv4 import Rwkv4Config
@@ -104,6 +104,7 @@ __all__ = [
     "FfnConfig",
     "GatedDeltaNetConfig",
     "GatedLinearAttentionConfig",
+    "GatedNorm",
     "HeadKind",
     "KimiDeltaAttentionConfig",
     "LatentAttentionConfig",

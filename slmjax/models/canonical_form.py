@@ -4,12 +4,14 @@ import dataclasses
 import math
 from typing import Any
 
+from slmjax import kernels
 from slmjax.models.architecture import BlockConfig, ModelConfig, Precision, Remat, stack_of
 from slmjax.models.ffn.moe import Balance, MoeConfig
 from slmjax.models.layers import ModelDims
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.models.mixers.differential import DifferentialAttentionConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.mixers.mamba2 import PROJECTIONS, GatedNorm, Mamba2Config
 from slmjax.models.mixers.parallel import ParallelMixerConfig, with_parts_changed
 from slmjax.models.parameterization import Parameterization
 from slmjax.models.protocols import MixerConfig
@@ -61,6 +63,8 @@ def _canonical_mixer(mixer: MixerConfig, dims: ModelDims) -> MixerConfig:
         mixer = dataclasses.replace(
             mixer, num_kv_heads=mixer.kv_heads, head_dim=mixer.resolved_head_dim(dims)
         )
+    if isinstance(mixer, Mamba2Config):
+        mixer = _canonical_mamba2(mixer, dims)
     if isinstance(mixer, ParallelMixerConfig):
         ones = (1.0,) * len(mixer.mixers)
         mixer = dataclasses.replace(
@@ -69,6 +73,20 @@ def _canonical_mixer(mixer: MixerConfig, dims: ModelDims) -> MixerConfig:
             output_multipliers=mixer.output_multipliers or ones,
         )
     return mixer
+
+
+def _canonical_mamba2(mixer: Mamba2Config, dims: ModelDims) -> Mamba2Config:
+    is_normed = mixer.norm is not GatedNorm.NONE
+    return dataclasses.replace(
+        mixer,
+        inner_dim=mixer.resolved_inner_dim(dims),
+        # The width is stated above, and without a norm its groups have no effect.
+        expansion=2,
+        norm_groups=(mixer.norm_groups if is_normed else None) or mixer.num_groups,
+        projection_multipliers=mixer.projection_multipliers or (1.0,) * len(PROJECTIONS),
+        # How a sequence is computed, not what.
+        chunk_size=kernels.CHUNK_SIZE,
+    )
 
 
 def _canonical_block(block: BlockConfig, dims: ModelDims) -> BlockConfig:

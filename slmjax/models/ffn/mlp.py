@@ -66,6 +66,10 @@ class MlpConfig(FfnConfig):
     bias: bool = False  # biases on all projections
     # name of the weights, which all layers with this name share (none: each layer has its own)
     shared_as: str | None = added_field(None, before=None)
+    # Constants in the manner of muP (Yang et al. 2022), as in Falcon-H1.
+    # multiplies what the activation is applied to
+    activation_multiplier: float = added_field(1.0, before=1.0)
+    output_multiplier: float = added_field(1.0, before=1.0)  # multiplies the output
 
     def __post_init__(self) -> None:
         if self.hidden_dim < 1:
@@ -116,7 +120,13 @@ class Mlp(Ffn):
     ) -> tuple[Float[Array, "B T D"], FfnAux]:
         activation = self.config.activation
         if self.gate is None:
-            hidden = ACTIVATIONS[activation](self.up(x))
+            hidden = ACTIVATIONS[activation](_times(self.up(x), self.config.activation_multiplier))
         else:
-            hidden = gated(activation, self.gate(x), self.up(x))
-        return self.down(hidden), FfnAux(losses={}, metrics={})
+            gate = _times(self.gate(x), self.config.activation_multiplier)
+            hidden = gated(activation, gate, self.up(x))
+        return _times(self.down(hidden), self.config.output_multiplier), FfnAux(losses={}, metrics={})
+
+
+def _times(x: Float[Array, "*B F"], multiplier: float) -> Float[Array, "*B F"]:
+    # Programs of models without multipliers stay as they are.
+    return x if multiplier == 1.0 else x * multiplier

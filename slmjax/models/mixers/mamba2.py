@@ -2,7 +2,7 @@
 
 - S_t = exp(-step_t exp(log_decay_rate)) S_{t-1} + step_t k_t v_t^T,   o_t = S_t^T q_t + skip v_t
 - step_t = softplus(step(x_t) + step_bias)
-- y = output(norm(o * silu(gate(x))))
+- y = output(norm(o * silu(gate(x)))), where the norm may also precede the gate, or be absent
 
 In the terms of the paper `q` is C, `k` is B, `v` is x and `log_decay_rate` is A_log. Queries, keys and values
 pass through a short convolution. All heads of a group share queries and keys.
@@ -11,6 +11,7 @@ Dims: B batch, T time, D model, N heads, G groups, K state dims of a head, P val
 """
 
 import dataclasses
+import enum
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
+from slmjax.config import added_field
 from slmjax.models.layers import Linear, ModelDims, along_last
 from slmjax.models.mixers.recurrent_parts import (
     MemoryState,
@@ -34,6 +36,18 @@ from slmjax.models.mixers.recurrent_parts import (
 from slmjax.models.protocols import Mixer, MixerConfig, StateSize
 
 
+class GatedNorm(enum.Enum):
+    """Order of the gate and the norm before the output projection."""
+
+    AFTER_GATE = "after_gate"  # norm(o * silu(gate)), as in Mamba-2 and Granite 4
+    BEFORE_GATE = "before_gate"  # norm(o) * silu(gate)
+    NONE = "none"  # o * silu(gate), as in most models of Falcon-H1
+
+
+# Projections of the input, in the order of released weights, which have one matrix for all.
+PROJECTIONS = ("gate", "value", "key", "query", "step")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mamba2Config(MixerConfig):
     """Mamba-2, a selective state-space model."""
@@ -46,6 +60,16 @@ class Mamba2Config(MixerConfig):
     norm_groups: int | None = None  # groups of dims that are normed together (none: num_groups)
     conv_width: int = 4  # tokens that the convolution sees
     chunk_size: int = kernels.CHUNK_SIZE  # tokens that are computed by matrix products in training
+    # width of all heads' values (none: expansion times embed_dim)
+    inner_dim: int | None = added_field(None, before=None)
+    # order of the gate and the norm before the output projection
+    norm: GatedNorm = added_field(GatedNorm.AFTER_GATE, before=GatedNorm.AFTER_GATE)
+    input_bias: bool = added_field(False, before=False)  # biases of the projections of the input
+    output_bias: bool = added_field(False, before=False)  # bias of the output projection
+    conv_bias: bool = added_field(True, before=True)  # biases of the convolutions
+    # Constants in the manner of muP (Yang et al. 2022), as in Falcon-H1.
+    # multiply the projections gate, value, key, query and step of the input, biases included (none: 1)
+    projection_multipliers: tuple[float, ...] | None = added_field(None, before=None)
 
     def __post_init__(self) -> None:
         names = (
@@ -56,8 +80,19 @@ class Mamba2Config(MixerConfig):
             "norm_groups",
             "conv_width",
             "chunk_size",
+            "inner_dim",
         )
         check_positive(self, *names)
+        multipliers = self.projection_multipliers
+        if multipliers is not None and len(multipliers) != len(PROJECTIONS):
+            raise ValueError(
+                f"projection_multipliers has {len(multipliers)} entries: give one for each of "
+                f"{', '.join(PROJECTIONS)}, or none"
+            )
+
+    def resolved_inner_dim(self, dims: ModelDims) -> int:
+        """Return the width of all heads' values, I."""
+        return self.expansion * dims.embed_dim if self.inner_dim is None else self.inner_dim
 
     def num_heads(self, dims: ModelDims) -> int:
         """Return the number of heads, N.
@@ -65,7 +100,8 @@ class Mamba2Config(MixerConfig):
         Raises:
           ValueError: the expanded width does not divide by `head_dim`, or the heads by a number of groups.
         """
-        heads = divided(self.expansion * dims.embed_dim, self.head_dim, names="expansion or head_dim")
+        width = "expansion" if self.inner_dim is None else "inner_dim"
+        heads = divided(self.resolved_inner_dim(dims), self.head_dim, names=f"{width} or head_dim")
         for name in ("num_groups", "norm_groups"):
             if heads % (getattr(self, name) or 1):
                 raise ValueError(f"{heads} heads do not divide by {name}={getattr(self, name)}: change one")
@@ -141,22 +177,28 @@ class Mamba2(Mixer):
         self.eps = dims.norm_eps
         keys = config.num_groups * config.state_dim
         values = self.num_heads * config.head_dim
-        linear_kwargs = {"std": dims.init_std, "rngs": rngs}
+        linear_kwargs = {"std": dims.init_std, "bias": config.input_bias, "rngs": rngs}
         # One projection each, where released weights have one for all: a shard then holds whole heads.
         self.gate = Linear(dims.embed_dim, values, **linear_kwargs)
         self.value = Linear(dims.embed_dim, values, **linear_kwargs)
         self.key = Linear(dims.embed_dim, keys, **linear_kwargs)
         self.query = Linear(dims.embed_dim, keys, **linear_kwargs)
         self.step = Linear(dims.embed_dim, self.num_heads, **linear_kwargs)
-        conv_kwargs: dict[str, Any] = {"width": config.conv_width, "bias": True, "dims": dims, "rngs": rngs}
+        conv_kwargs: dict[str, Any] = {
+            "width": config.conv_width,
+            "bias": config.conv_bias,
+            "dims": dims,
+            "rngs": rngs,
+        }
         self.value_convolution = SiluConvolution(values, **conv_kwargs)
         self.key_convolution = SiluConvolution(keys, **conv_kwargs)
         self.query_convolution = SiluConvolution(keys, **conv_kwargs)
         self.log_decay_rate = nnx.Param(initial_log_scale(rngs.params(), (self.num_heads,), low=1.0))
         self.step_bias = nnx.Param(initial_step_bias(rngs.params(), (self.num_heads,)))
         self.skip = nnx.Param(jnp.ones((self.num_heads,), jnp.float32))
-        self.norm_scale = nnx.Param(jnp.ones((values,), jnp.float32))
-        self.output = Linear(values, dims.embed_dim, std=dims.output_std, rngs=rngs)
+        is_normed = config.norm is not GatedNorm.NONE
+        self.norm_scale = nnx.Param(jnp.ones((values,), jnp.float32)) if is_normed else None
+        self.output = Linear(values, dims.embed_dim, std=dims.output_std, bias=config.output_bias, rngs=rngs)
 
     def __call__(
         self,
@@ -169,14 +211,11 @@ class Mamba2(Mixer):
         groups = self.config.num_groups
         memory, histories = parts_of(state)
         ids = segment_ids
-        value, value_history = self.value_convolution(
-            self.value(x), segment_ids=ids, history=histories["value"]
-        )
-        key, key_history = self.key_convolution(self.key(x), segment_ids=ids, history=histories["key"])
-        query, query_history = self.query_convolution(
-            self.query(x), segment_ids=ids, history=histories["query"]
-        )
-        step = softplus(self.step(x).astype(jnp.float32) + along_last(self.step_bias[...], 3))
+        gate, value, key, query, step = self._project(x)
+        value, value_history = self.value_convolution(value, segment_ids=ids, history=histories["value"])
+        key, key_history = self.key_convolution(key, segment_ids=ids, history=histories["key"])
+        query, query_history = self.query_convolution(query, segment_ids=ids, history=histories["query"])
+        step = softplus(step.astype(jnp.float32) + along_last(self.step_bias[...], 3))
         mixed, memory = state_space(
             split_heads(query, groups),
             split_heads(key, groups),
@@ -188,17 +227,29 @@ class Mamba2(Mixer):
             state=memory,
             chunk_size=self.config.chunk_size,
         )
-        # The gate precedes the norm.
-        normed = grouped_rms_norm(
-            mixed.reshape(*x.shape[:2], -1) * jax.nn.silu(self.gate(x)),
-            self.norm_scale[...],
-            num_groups=self.config.norm_groups or groups,
-            eps=self.eps,
-        )
+        gated = self._gate(mixed.reshape(*x.shape[:2], -1), gate)
         if state is not None:
             histories = {"value": value_history, "key": key_history, "query": query_history}
             state = MemoryState(recurrent=memory, histories=histories)
-        return self.output(normed), state
+        return self.output(gated), state
+
+    def _project(self, x: Float[Array, "B T D"]) -> list[Array]:
+        """Return the projections of the input, in the order of `PROJECTIONS`."""
+        projected = [layer(x) for layer in (self.gate, self.value, self.key, self.query, self.step)]
+        multipliers = self.config.projection_multipliers
+        if multipliers is None:
+            return projected
+        return [y * multiplier for y, multiplier in zip(projected, multipliers, strict=True)]
+
+    def _gate(self, mixed: Float[Array, "B T I"], gate: Float[Array, "B T I"]) -> Float[Array, "B T I"]:
+        """Return what the heads read, gated and normed."""
+        kind = self.config.norm
+        if kind is not GatedNorm.BEFORE_GATE:
+            mixed = mixed * jax.nn.silu(gate)
+        if self.norm_scale is not None:
+            num_groups = self.config.norm_groups or self.config.num_groups
+            mixed = grouped_rms_norm(mixed, self.norm_scale[...], num_groups=num_groups, eps=self.eps)
+        return mixed * jax.nn.silu(gate) if kind is GatedNorm.BEFORE_GATE else mixed
 
     def init_state(self, batch_size: int, *, max_length: int) -> MemoryState:
         """Return an empty memory, and histories without tokens."""

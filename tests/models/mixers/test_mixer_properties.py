@@ -9,6 +9,7 @@ from slmjax.models import (
     DifferentialAttentionConfig,
     GatedDeltaNetConfig,
     GatedLinearAttentionConfig,
+    GatedNorm,
     KimiDeltaAttentionConfig,
     LinearAttentionConfig,
     Mamba2Config,
@@ -25,6 +26,17 @@ from slmjax.testing import check_mixer
 
 RWKV7 = Rwkv7Config(head_dim=8, is_first=True, decay_rank=4, rate_rank=4, value_rank=4, gate_rank=4)
 MAMBA2 = Mamba2Config(head_dim=8, state_dim=4, num_groups=2)
+# Three heads in one norm, biases of projections but not of convolutions, and multipliers.
+MAMBA2_OPTIONS = Mamba2Config(
+    head_dim=8,
+    state_dim=4,
+    inner_dim=24,
+    norm=GatedNorm.BEFORE_GATE,
+    input_bias=True,
+    output_bias=True,
+    conv_bias=False,
+    projection_multipliers=(0.5, 2.0, 0.3, 1.5, 0.7),
+)
 # With values of parameters that let the state decay slowly.
 CASES = {
     "linear": (LinearAttentionConfig(num_heads=2), {}),
@@ -32,6 +44,7 @@ CASES = {
     "lightning": (RetentionConfig(num_heads=2, decay=RetentionDecay.LIGHTNING, rope_base=None), {}),
     "gated_linear": (GatedLinearAttentionConfig(num_heads=2, decay_rank=4), {"decay_up/bias": 8.0}),
     "mamba2": (MAMBA2, {"step_bias": -7.0}),
+    "mamba2_options": (MAMBA2_OPTIONS, {"step_bias": -7.0}),
     "delta": (DeltaNetConfig(num_heads=2, negative_eigenvalues=True), {}),
     "gated_delta": (GatedDeltaNetConfig(num_heads=2, num_value_heads=4, key_dim=4), {"step_bias": -7.0}),
     "kimi": (KimiDeltaAttentionConfig(num_heads=2), {"step_bias": -7.0}),

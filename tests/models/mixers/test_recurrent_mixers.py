@@ -15,6 +15,7 @@ from slmjax.models import (
     DeltaNetConfig,
     GatedDeltaNetConfig,
     GatedLinearAttentionConfig,
+    GatedNorm,
     KimiDeltaAttentionConfig,
     LayerGroup,
     Mamba2Config,
@@ -66,6 +67,50 @@ def test_the_golden_values_equal_transformers(case):
     np.testing.assert_allclose(json.loads(oracle.GOLDEN.read_text())[case], expected, atol=1e-6)
 
 
+def test_multipliers_of_mamba2_are_factors_of_its_weights():
+    """With those of the projections in the weights, and without a norm, by hand."""
+    weights = oracle.imported_weights("mamba2")
+    multipliers = dict(zip(("gate", "value", "key", "query", "step"), (0.5, 2.0, 0.3, 1.5, 0.7), strict=True))
+    scaled = weights | {
+        f"{name}/weight": factor * weights[f"{name}/weight"] for name, factor in multipliers.items()
+    }
+    config = oracle.CASES["mamba2"]
+    ids = jnp.ones((1, oracle.LENGTH), jnp.int32)
+
+    def outputs(config, weights):
+        module = with_weights(config, weights)
+        return module(jnp.asarray(oracle.inputs()), segment_ids=ids, positions=ids, state=None)[0]
+
+    factors = tuple(multipliers.values())
+    multiplied = dataclasses.replace(config, projection_multipliers=factors)
+    np.testing.assert_allclose(outputs(multiplied, weights), outputs(config, scaled), rtol=2e-4, atol=1e-5)
+    # Without a norm the bias of the output is added to what the gate leaves.
+    plain = dataclasses.replace(config, norm=GatedNorm.NONE, output_bias=True)
+    unnormed = {name: x for name, x in weights.items() if name != "norm_scale"}
+    biased = unnormed | {"output/bias": np.arange(8, dtype=np.float32)}
+    zero = unnormed | {"output/bias": np.zeros(8, np.float32)}
+    difference = outputs(plain, biased) - outputs(plain, zero)
+    np.testing.assert_allclose(difference[0, 3], np.arange(8), rtol=1e-4, atol=1e-4)
+
+
+def test_norm_before_the_gate_scales_each_group_to_its_scale():
+    """With a gate that is 1 everywhere, the order has no effect; with any other it has."""
+    weights = oracle.imported_weights("mamba2")
+    config = oracle.CASES["mamba2"]
+    before = dataclasses.replace(config, norm=GatedNorm.BEFORE_GATE)
+    ids = jnp.ones((1, oracle.LENGTH), jnp.int32)
+    x = jnp.asarray(oracle.inputs())
+    mixed = jnp.asarray(np.random.default_rng(2).normal(size=(1, oracle.LENGTH, 16)), jnp.float32)
+    gate = with_weights(config, weights).gate(x)
+    ours = with_weights(before, weights)._gate(mixed, gate)
+    groups = np.asarray(mixed).reshape(1, oracle.LENGTH, 2, 8)
+    normed = groups / np.sqrt(np.mean(groups**2, -1, keepdims=True) + oracle.EPS)
+    expected = normed.reshape(mixed.shape) * weights["norm_scale"] * np.asarray(jax.nn.silu(gate))
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    y = [with_weights(c, weights)(x, segment_ids=ids, positions=ids, state=None)[0] for c in (config, before)]
+    assert float(jnp.max(jnp.abs(y[0] - y[1]))) > 0.1
+
+
 def test_decays_of_retention():
     np.testing.assert_allclose(
         np.exp(retention_log_decay(RetentionDecay.RETNET, 3, index=1, num_layers=2)),
@@ -99,6 +144,8 @@ def test_initial_steps_and_vectors():
         (lambda: Mamba2Config(head_dim=0), "head_dim must be at least 1, got 0"),
         (lambda: Mamba2Config(head_dim=3).num_heads(dims_of(8)), "16 dims do not divide by 3"),
         (lambda: Mamba2Config(head_dim=4, num_groups=3).num_heads(dims_of(8)), "num_groups=3: change one"),
+        (lambda: Mamba2Config(inner_dim=100).num_heads(dims_of(8)), "64: change inner_dim or head_dim"),
+        (lambda: Mamba2Config(projection_multipliers=(1.0, 2.0)), "2 entries: give one for each of gate"),
         (lambda: GatedDeltaNetConfig(num_heads=2, num_value_heads=3), "must be a multiple of num_heads=2"),
         (lambda: DeltaNetConfig(num_heads=3).resolved_key_dim(dims_of(8)), "change num_heads or key_dim"),
         (lambda: GatedLinearAttentionConfig(decay_divisor=0.0), "decay_divisor must be positive"),
