@@ -23,6 +23,7 @@ from slmjax.models.architecture import MOST_LAYERS, BlockConfig, ModelConfig
 from slmjax.models.definition import define, stored_shapes
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.models.protocols import innermost
 
 Arrays = list[np.ndarray]
 Shapes = list[tuple[int, ...]]
@@ -375,10 +376,11 @@ def read_settings(
         model = family.read(settings)
         # All blocks of a stack are in its patterns; there may be thousands of layers.
         for block in dict.fromkeys(block for group in model.stack for block in group.pattern):
-            if isinstance(block.mixer, AttentionConfig):
-                # Raises where the heads do not divide the width.
-                block.mixer.resolved_head_dim(model.layer_dims())
-                check_rotation(block.mixer, model)
+            for mixer in innermost(block.mixer):
+                if isinstance(mixer, AttentionConfig):
+                    # Raises where the heads do not divide the width.
+                    mixer.resolved_head_dim(model.layer_dims())
+                    check_rotation(mixer, model)
         # Dataclasses take values of any type: reading the model as from a file checks all of them.
         from_json(ModelConfig, to_json(model))
     # An error of the settings has a message for the user already.

@@ -136,6 +136,15 @@ def _differing(where: str, expected: Any, actual: Any, tolerance: float) -> list
                 f"{where}.{field.name}", getattr(expected, field.name), getattr(actual, field.name), tolerance
             )
         ]
+    # Parallel mixers are a tuple of configs.
+    if isinstance(expected, tuple) and isinstance(actual, tuple) and len(expected) == len(actual):
+        pairs = list(zip(expected, actual, strict=True))
+        if all(dataclasses.is_dataclass(item) for pair in pairs for item in pair):
+            return [
+                text
+                for index, (item, other) in enumerate(pairs)
+                for text in _differing(f"{where}[{index}]", item, other, tolerance)
+            ]
     return [f"{where} = {_text(expected)} (read back as {_text(actual)})"]
 
 

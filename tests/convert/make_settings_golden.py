@@ -23,11 +23,6 @@ NOT_THERE = (
 # What an empty configuration of these lacks, to be one that is read.
 GIVEN: dict[str, dict[str, Any]] = {
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 6},
-    "GraniteMoeHybridForCausalLM": {
-        "layer_types": ["attention"] * 32,
-        "num_local_experts": 0,
-        "num_experts_per_tok": 0,
-    },
 }
 
 

@@ -163,11 +163,13 @@ def test_a_null_means_what_it_does_in_transformers(family: Family) -> None:
         ("granite", {"logits_scaling": None}, r"logits_scaling is null"),
         ("gemma2", {"attn_logit_softcapping": 0}, r"attn_logit_softcapping is 0, but must be greater than 0"),
         ("mistral", {"sliding_window": 0}, r"sliding_window is 0, but must be greater than 0"),
-        (
-            "granite4_micro",
-            {"num_local_experts": "absent"},
-            r"num_local_experts is absent, and by the family's default 8",
-        ),
+        ("granite4_hybrid", {"mamba_n_heads": 0}, r"mamba_n_heads is 0"),
+        ("granite4_hybrid", {"mamba_n_heads": 7}, r"7 heads of 8 dims .* the values of a layer, 48"),
+        ("granite4_hybrid", {"layer_types": ["mamba"] * 4}, r"layer_types must name 5 layers"),
+        ("lfm2", {"layer_types": ["mamba"] * 5}, r"each full_attention or conv, and is"),
+        ("lfm2", {"block_dim": 25}, r"block_dim is 25, which would change the result: only 24"),
+        ("falcon_h1", {"time_step_limit": [0.0, 0.1]}, r"bounds of steps are not supported"),
+        ("mamba2", {"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
     ],
 )
 def test_zeros_and_nulls_are_named(case: str, values: dict[str, Any], message: str) -> None:

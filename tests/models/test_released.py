@@ -45,6 +45,16 @@ COUNTS = {
     "phi4_mini": (3_836_021_760, "3.8B"),
     "granite3_3_2b": (2_533_539_840, "2.53B"),
     "granite4_micro": (3_402_836_480, "3.4B"),
+    "mamba2_130m": (128_989_632, "129M"),
+    "mamba2_370m": (368_346_624, "368M"),
+    "mamba2_1_3b": (1_343_757_312, "1.3B"),
+    "lfm2_350m": (354_483_968, "354M"),
+    "lfm2_700m": (742_489_344, "742M"),
+    "lfm2_1_2b": (1_170_340_608, "1.17B"),
+    "granite4_h_350m": (340_332_224, "340M"),
+    "granite4_h_1b": (1_461_538_368, "1.5B"),
+    "granite4_h_tiny": (6_939_037_248, "7B"),
+    "falcon_h1_0_5b": (521_411_104, "521M"),
 }
 # Published parameters without the embedding tables.
 NON_EMBEDDING = {
@@ -69,7 +79,7 @@ def test_published_parameter_counts(name: str) -> None:
     decimals = len(rounded[:-1].partition(".")[2])
     # Papers truncate as often as they round.
     assert abs(exact / unit - float(rounded[:-1])) < 10**-decimals
-    assert (summary.active_parameters == exact) == (name != "olmoe_1b_7b")
+    assert (summary.active_parameters == exact) == (name not in ("olmoe_1b_7b", "granite4_h_tiny"))
     if name in NON_EMBEDDING:
         assert exact - summary.embedding_parameters == pytest.approx(NON_EMBEDDING[name], rel=0.015)
 
@@ -176,6 +186,23 @@ GRANITE = {
 }
 
 
+MAMBA2 = {"vocab_size": 50_288, "n_groups": 1, "tie_word_embeddings": True}
+LFM2_KINDS = ["full_attention" if layer in (2, 5, 8, 10, 12, 14) else "conv" for layer in range(16)]
+LFM2 = {"num_key_value_heads": 8, "layer_types": LFM2_KINDS, "block_auto_adjust_ff_dim": False}
+GRANITE4_H = {
+    "vocab_size": 100_352,
+    "tie_word_embeddings": True,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "mamba_n_heads": 48,
+    "mamba_d_state": 128,
+}
+
+
+def granite4_kinds(layers: int, *full: int) -> list[str]:
+    return ["attention" if layer in full else "mamba" for layer in range(layers)]
+
+
 def sizes(layers: int, width: int, heads: int, kv_heads: int, hidden: int) -> dict[str, int]:
     return {
         "num_hidden_layers": layers,
@@ -248,6 +275,68 @@ CONFIGS = {
         "hidden_size": 2560,
         "num_attention_heads": 40,
     },
+    "mamba2_130m": {
+        "model_type": "mamba2",
+        **MAMBA2,
+        "hidden_size": 768,
+        "num_heads": 24,
+        "num_hidden_layers": 24,
+    },
+    "mamba2_370m": {
+        "model_type": "mamba2",
+        **MAMBA2,
+        "hidden_size": 1024,
+        "num_heads": 32,
+        "num_hidden_layers": 48,
+    },
+    "mamba2_1_3b": {
+        "model_type": "mamba2",
+        **MAMBA2,
+        "hidden_size": 2048,
+        "num_heads": 64,
+        "num_hidden_layers": 48,
+    },
+    "lfm2_350m": {"model_type": "lfm2", **sizes(16, 1024, 16, 8, 4608), **LFM2},
+    "lfm2_700m": {"model_type": "lfm2", **sizes(16, 1536, 24, 8, 6912), **LFM2},
+    "lfm2_1_2b": {"model_type": "lfm2", **sizes(16, 2048, 32, 8, 8192), **LFM2},
+    "granite4_h_350m": {
+        "model_type": "granitemoehybrid",
+        **GRANITE4_H,
+        "hidden_size": 768,
+        "num_hidden_layers": 32,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 2048,
+        "layer_types": granite4_kinds(32, 10, 13, 17, 27),
+    },
+    "granite4_h_1b": {
+        "model_type": "granitemoehybrid",
+        **GRANITE4_H,
+        "hidden_size": 1536,
+        "num_hidden_layers": 40,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 4096,
+        "layer_types": granite4_kinds(40, 5, 15, 25, 35),
+    },
+    "granite4_h_tiny": {
+        "model_type": "granitemoehybrid",
+        **GRANITE4_H,
+        "hidden_size": 1536,
+        "num_hidden_layers": 40,
+        "num_local_experts": 64,
+        "num_experts_per_tok": 6,
+        "intermediate_size": 512,
+        "shared_intermediate_size": 1024,
+        "layer_types": granite4_kinds(40, 5, 15, 25, 35),
+    },
+    "falcon_h1_0_5b": {
+        "model_type": "falcon_h1",
+        "vocab_size": 32_784,
+        "head_dim": 64,
+        **sizes(36, 1024, 8, 2, 2048),
+        "mamba_d_ssm": 1536,
+        "mamba_n_heads": 24,
+        "mamba_d_state": 128,
+    },
 }
 
 
@@ -287,6 +376,10 @@ ARCHITECTURES = {
     "olmoe": "OlmoeForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "granite": "GraniteForCausalLM",
+    "mamba2": "Mamba2ForCausalLM",
+    "lfm2": "Lfm2ForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "falcon_h1": "FalconH1ForCausalLM",
 }
 
 

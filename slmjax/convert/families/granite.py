@@ -1,15 +1,12 @@
-"""Granite 3: a Llama with multipliers on embeddings, scores, residual updates and logits.
-
-Also the dense models of Granite 4, which have no recurrent layers.
-"""
+"""Granite 3: a Llama with multipliers on embeddings, scores, residual updates and logits."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from slmjax.config import ConfigError
-from slmjax.convert.family import Family, Inexpressible, TensorMap, first_block, joined, linear
+from slmjax.convert.family import Family, Inexpressible, TensorMap, first_block
 from slmjax.convert.gguf import settings as gguf_settings
 from slmjax.convert.gguf import tensors as gguf_tensors
 from slmjax.convert.hf.settings import (
@@ -52,19 +49,21 @@ DEFAULTS = {
 def read(settings: Settings) -> ModelConfig:
     """Read a config.json as a `ModelConfig`."""
     ffn = read_mlp(settings, bias=settings.take("mlp_bias"))
-    block = BlockConfig(mixer=_read_attention(settings), ffn=ffn)
-    return _read_decoder(settings, block)
+    block = BlockConfig(mixer=read_attention_with_scale(settings), ffn=ffn)
+    return read_scaled_decoder(settings, [block] * settings.take("num_hidden_layers"))
 
 
-def _read_attention(settings: Settings, **more: Any) -> AttentionConfig:
+def read_attention_with_scale(settings: Settings, **more: Any) -> AttentionConfig:
+    """Read attention, whose scale is a multiplier; `more` are fields of the `AttentionConfig`."""
     biases = read_biases(settings)
     return read_attention(settings, scale=float(settings.take("attention_multiplier")), biases=biases, **more)
 
 
-def _read_decoder(settings: Settings, block: BlockConfig) -> ModelConfig:
+def read_scaled_decoder(settings: Settings, blocks: Sequence[BlockConfig]) -> ModelConfig:
+    """Read the model around its layers, with the multipliers."""
     return read_decoder(
         settings,
-        [block] * settings.take("num_hidden_layers"),
+        blocks,
         # The library divides the logits, we multiply them.
         logit_multiplier=1.0 / settings.nonzero("logits_scaling"),
         embed_multiplier=float(settings.take("embedding_multiplier")),
@@ -77,21 +76,29 @@ def write(model: ModelConfig) -> dict[str, Any]:
     attention, ffn = first_block(model)
     return {
         "model_type": "granite",
-        **_write_decoder(model, attention),
+        **write_scaled_decoder(model),
+        **write_attention_with_scale(attention),
         **write_mlp(ffn),
         # A config without this field is no MLP: `write_mlp` has refused it.
         "mlp_bias": getattr(ffn, "bias", False),
     }
 
 
-def _write_decoder(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
+def write_attention_with_scale(attention: AttentionConfig) -> dict[str, Any]:
+    """Write the keys of `read_attention_with_scale`."""
     return {
-        **write_decoder(model),
         **write_attention(attention),
         **write_biases(attention),
+        "attention_multiplier": attention.scale,
+    }
+
+
+def write_scaled_decoder(model: ModelConfig) -> dict[str, Any]:
+    """Write the keys of `read_scaled_decoder`."""
+    return {
+        **write_decoder(model),
         "embedding_multiplier": model.embed_multiplier,
         "residual_multiplier": model.residual_multiplier,
-        "attention_multiplier": attention.scale,
         "logits_scaling": divisor_of(model),
     }
 
@@ -110,106 +117,6 @@ HF = Family(
     write=write,
     defaults=DEFAULTS,
     tensor_map=TensorMap(around=EMBEDDING, layer=(*PRE_NORMS, *ATTENTION, *GATED_MLP)),
-)
-
-
-# Granite 4 --------------------------------------------------------------------------------------------------
-# Defaults of keys that a config.json of Granite 4 may leave out.
-HYBRID_DEFAULTS = {
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "embedding_multiplier": 1.0,
-    "logits_scaling": 1.0,
-    "residual_multiplier": 1.0,
-    "attention_multiplier": 1.0,
-    "num_local_experts": 8,
-    "shared_intermediate_size": 1024,
-    "rope_theta": 10_000.0,
-}
-
-
-def read_hybrid(settings: Settings) -> ModelConfig:
-    """Read the config.json of a Granite 4 with attention layers only, such as the dense micro."""
-    # The feed-forward layer is called the shared expert, also in models without other experts.
-    settings.expect("num_local_experts", 0)
-    settings.ignore(
-        *MAMBA_KEYS,
-        "num_experts_per_tok",
-        "intermediate_size",
-        "normalization_function",
-        "init_method",
-        "num_experts",
-    )
-    kinds = set(settings.take("layer_types", ["mamba"]))
-    # The library's default is a recurrent layer, so that layer_types must be present.
-    if not kinds <= {"attention", "full_attention"}:
-        raise ConfigError(
-            f"config.json: layer_types has {sorted(kinds)[-1]!r}: only models of Granite 4 with "
-            "attention layers are supported"
-        )
-    # "nope" is the library's default: no positions.
-    has_rope = settings.take("position_embedding_type", "nope") == "rope"
-    attention = _read_attention(settings, **({} if has_rope else {"rope_base": None}))
-    if not has_rope:
-        settings.ignore("rope_theta", "rope_scaling", "rope_parameters")
-    return _read_decoder(
-        settings, BlockConfig(mixer=attention, ffn=read_mlp(settings, width="shared_intermediate_size"))
-    )
-
-
-def write_hybrid(model: ModelConfig) -> dict[str, Any]:
-    """Write a model as the config.json of a Granite 4 without recurrent layers."""
-    attention, ffn = first_block(model)
-    # The library checks the sizes of recurrent layers even if there are none: 2 width over mamba_n_heads.
-    if 2 * model.embed_dim % 128:
-        raise Inexpressible(f"its width, {model.embed_dim}, must be a multiple of 64")
-    kinds = {
-        "num_local_experts": 0,
-        "num_experts_per_tok": 0,
-        "layer_types": ["attention"] * model.num_layers,
-        "position_embedding_type": "nope" if attention.rope_base is None else "rope",
-        "mamba_n_heads": 128,
-    }
-    sizes = write_mlp(ffn, width="shared_intermediate_size")
-    # The library has both keys; only the other one is used without experts.
-    sizes["intermediate_size"] = sizes["shared_intermediate_size"]
-    return {"model_type": "granitemoehybrid", **_write_decoder(model, attention), **sizes, **kinds}
-
-
-MAMBA_KEYS = (
-    "mamba_n_heads",
-    "mamba_n_groups",
-    "mamba_d_state",
-    "mamba_d_head",
-    "mamba_d_conv",
-    "mamba_expand",
-    "mamba_chunk_size",
-    "mamba_conv_bias",
-    "mamba_proj_bias",
-    "time_step_limit",
-    "time_step_min",
-    "time_step_max",
-    "time_step_floor",
-)
-HYBRID_LAYER = (
-    *PRE_NORMS,
-    *ATTENTION,
-    joined(("ffn/gate/weight", "ffn/up/weight"), "shared_mlp.input_linear.weight"),
-    *linear("ffn/down", "shared_mlp.output_linear"),
-)
-HF_HYBRID = Family(
-    architecture="GraniteMoeHybridForCausalLM",
-    read=read_hybrid,
-    write=write_hybrid,
-    defaults=HYBRID_DEFAULTS,
-    tensor_map=TensorMap(around=EMBEDDING, layer=HYBRID_LAYER),
 )
 
 

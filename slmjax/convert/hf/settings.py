@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from slmjax.config import ConfigError
-from slmjax.convert.family import Inexpressible, attentions, expect_kind, lookup
+from slmjax.convert.family import Inexpressible, T, attentions, expect_kind, lookup
 from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, stack_of
 from slmjax.models.ffn.mlp import Activation, MlpConfig
@@ -76,8 +76,15 @@ ACTIVATION_NAMES = {value: name for name, value in reversed(ACTIVATIONS.items())
 
 
 # Models -----------------------------------------------------------------------------------------------------
-def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], **more: Any) -> ModelConfig:
-    """Read the model around its layers; `more` are fields of the `ModelConfig` set by the family."""
+def read_decoder(
+    settings: Settings, blocks: Sequence[BlockConfig], *, eps: str = "rms_norm_eps", **more: Any
+) -> ModelConfig:
+    """Read the model around its layers.
+
+    Args:
+      eps: the key of what norms add to the mean square.
+      more: fields of the `ModelConfig` set by the family.
+    """
     settings.ignore(*IGNORED)
     # Interleaved pairs would need the rows of queries and keys in another order.
     settings.expect("rope_interleaved", False)
@@ -88,12 +95,12 @@ def read_decoder(settings: Settings, blocks: Sequence[BlockConfig], **more: Any)
         vocab_size=settings.positive("vocab_size"),
         head=head,
         context_length=settings.positive("max_position_embeddings"),
-        norm_eps=settings.take("rms_norm_eps"),
+        norm_eps=settings.take(eps),
         **more,
     )
 
 
-def write_decoder(model: ModelConfig) -> dict[str, Any]:
+def write_decoder(model: ModelConfig, *, eps: str = "rms_norm_eps") -> dict[str, Any]:
     """Write the keys of `read_decoder`, and the number of layers."""
     return {
         "hidden_size": model.embed_dim,
@@ -101,7 +108,7 @@ def write_decoder(model: ModelConfig) -> dict[str, Any]:
         "vocab_size": model.known_vocab_size,
         "max_position_embeddings": model.context_length,
         "tie_word_embeddings": model.head is HeadKind.TIED,
-        "rms_norm_eps": model.norm_eps,
+        eps: model.norm_eps,
     }
 
 
@@ -109,6 +116,18 @@ def check_width(model: ModelConfig, num_heads: int) -> None:
     """Raise Inexpressible unless the width is a multiple of the heads, which some libraries require."""
     if model.embed_dim % num_heads:
         raise Inexpressible(f"its width, {model.embed_dim}, must be a multiple of its heads, {num_heads}")
+
+
+# Mixers of several kinds ------------------------------------------------------------------------------------
+def layer_kinds(model: ModelConfig, kinds: Mapping[str, type]) -> list[str]:
+    """Return the name of each layer's kind of mixer. Raises Inexpressible if one has none."""
+    names = {kind: name for name, kind in kinds.items()}
+    return [lookup(names, type(block.mixer), "the kind of a mixer") for block in model.blocks()]
+
+
+def mixer_of_kind(model: ModelConfig, kind: type[T]) -> T | None:
+    """Return the first mixer of a kind; None if no layer has one."""
+    return next((block.mixer for block in model.blocks() if isinstance(block.mixer, kind)), None)
 
 
 # Attention --------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@
     zoo.ARCHITECTURES["qwen3_0_6b"]()            # -> ModelConfig, complete
     zoo.describe(zoo.ARCHITECTURES["nano"]())    # -> Summary: parameters, FLOPs, bytes
 
-Small architectures of this project are in `ours.py`, released models at their sizes in `released.py`.
+Small architectures of this project are in `ours.py`, released models at their sizes in `released.py` and
+`released_hybrids.py`.
 
 Files in reading order:
 
 - ours.py: small architectures of this project
-- released.py: released models at their sizes
+- released.py: released models with attention in all layers, at their sizes
+- released_hybrids.py: released models with recurrent layers or convolutions
 - costs.py: parameters, FLOPs and bytes of an architecture
 """
 
@@ -20,7 +22,7 @@ from slmjax.models.architecture import ModelConfig
 from slmjax.models.zoo.costs import Summary, block_state_size, describe, state_size
 from slmjax.models.zoo.ours import nano, nano_moe, nano_window, shakespeare_char, slm_12m, slm_124m
 from slmjax.models.zoo.released import (
-    RELEASED,
+    RELEASED_ATTENTION,
     gemma2_2b,
     gemma3_1b,
     gemma3_4b,
@@ -51,7 +53,21 @@ from slmjax.models.zoo.released import (
     smollm3_3b,
     tinyllama_1_1b,
 )
+from slmjax.models.zoo.released_hybrids import (
+    RELEASED_HYBRIDS,
+    falcon_h1_0_5b,
+    granite4_h_1b,
+    granite4_h_350m,
+    granite4_h_tiny,
+    lfm2_1_2b,
+    lfm2_350m,
+    lfm2_700m,
+    mamba2_1_3b,
+    mamba2_130m,
+    mamba2_370m,
+)
 
+RELEASED: Mapping[str, Callable[[], ModelConfig]] = {**RELEASED_ATTENTION, **RELEASED_HYBRIDS}
 # Complete configurations: ours have the vocabulary size of the experiment of the same name.
 ARCHITECTURES: Mapping[str, Callable[[], ModelConfig]] = {
     "nano": functools.partial(nano, vocab_size=2048),
@@ -69,18 +85,28 @@ __all__ = [
     "Summary",
     "block_state_size",
     "describe",
+    "falcon_h1_0_5b",
     "gemma2_2b",
     "gemma3_1b",
-    "gemma3_4b",
     "gemma3_270m",
+    "gemma3_4b",
     "gpt2_124m",
     "gpt2_355m",
     "granite3_3_2b",
+    "granite4_h_1b",
+    "granite4_h_350m",
+    "granite4_h_tiny",
     "granite4_micro",
+    "lfm2_1_2b",
+    "lfm2_350m",
+    "lfm2_700m",
     "llama3_2_1b",
     "llama3_2_3b",
-    "mobilellm_1b",
+    "mamba2_130m",
+    "mamba2_1_3b",
+    "mamba2_370m",
     "mobilellm_125m",
+    "mobilellm_1b",
     "mobilellm_350m",
     "mobilellm_600m",
     "nano",
@@ -97,10 +123,10 @@ __all__ = [
     "qwen3_1_7b",
     "qwen3_4b",
     "shakespeare_char",
-    "slm_12m",
     "slm_124m",
-    "smollm2_1_7b",
+    "slm_12m",
     "smollm2_135m",
+    "smollm2_1_7b",
     "smollm2_360m",
     "smollm3_3b",
     "state_size",

@@ -1,4 +1,4 @@
-"""Released models at their released sizes, those that these layers express exactly.
+"""Released models with attention in all layers, at their released sizes, those expressed exactly.
 
 Each function names the page whose config.json it follows, in sizes, heads, the norm's eps, rotary angles,
 windows, multipliers and soft-caps. The configurations do not describe training or precision.
@@ -512,7 +512,7 @@ def _llama(
 
 
 # By name, families together, small models before large ones.
-RELEASED: Mapping[str, Callable[[], ModelConfig]] = {
+RELEASED_ATTENTION: Mapping[str, Callable[[], ModelConfig]] = {
     build.__name__: build
     for build in (
         gpt2_124m,
