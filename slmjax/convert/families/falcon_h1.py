@@ -19,6 +19,7 @@ from slmjax.convert.hf.settings import (
 )
 from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, ModelConfig
+from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.mixers.attention import AttentionConfig
 from slmjax.models.mixers.mamba2 import PROJECTIONS, GatedNorm, Mamba2Config
 from slmjax.models.mixers.parallel import ParallelMixerConfig
@@ -114,7 +115,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     attention = expect_kind(mixer.mixers[0], AttentionConfig, "the first of the parallel mixers")
     mamba2 = expect_kind(mixer.mixers[1], Mamba2Config, "the second of the parallel mixers")
     assert mixer.input_multipliers is not None and mixer.output_multipliers is not None
-    widths = write_mlp(block.ffn)
+    mlp = expect_kind(block.ffn, MlpConfig, "a feed-forward layer")
     multipliers = {
         "embedding_multiplier": model.embed_multiplier,
         "lm_head_multiplier": model.logit_multiplier,
@@ -124,15 +125,15 @@ def write(model: ModelConfig) -> dict[str, Any]:
         "ssm_in_multiplier": mixer.input_multipliers[1],
         "ssm_out_multiplier": mixer.output_multipliers[1],
         "ssm_multipliers": list(mamba2.projection_multipliers or ()),
-        "mlp_multipliers": [block.ffn.activation_multiplier, block.ffn.output_multiplier],
+        "mlp_multipliers": [mlp.activation_multiplier, mlp.output_multiplier],
     }
     return {
         "model_type": "falcon_h1",
         **write_decoder(model),
         **write_attention(attention),
         **write_biases(attention),
-        **widths,
-        "mlp_bias": block.ffn.bias,
+        **write_mlp(mlp),
+        "mlp_bias": mlp.bias,
         **write_mamba2(mamba2),
         "mamba_d_ssm": mamba2.inner_dim,
         "mamba_rms_norm": mamba2.norm is not GatedNorm.NONE,
