@@ -137,6 +137,8 @@ def open_ablation(
             raise ValueError(f"{path} is the directory of a study already: leave out --directory {directory}")
         directory = path
         file = path / STUDY_FILE
+        if not file.is_file() and (path.parent / STUDY_FILE).is_file():
+            raise ValueError(f"{path} is one of several studies of one file: give {path.parent}")
         fixed = _fixed_size(path)
         if size not in (None, fixed):
             raise ValueError(

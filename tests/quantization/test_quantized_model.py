@@ -18,6 +18,7 @@ from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig, QkNorm
 from slmjax.models.mixers.latent import LatentAttentionConfig
+from slmjax.models.parameterization import Parameterization
 from slmjax.parallel.batches import place_batch
 from slmjax.parallel.mesh import MeshConfig, make_mesh
 from slmjax.parallel.rules import parameter_shardings
@@ -304,6 +305,20 @@ def test_what_is_learned_moves_and_what_is_measured_does_not():
     assert 0.3 < np.mean(signs < 0) < 0.7
     measured = [path for path in end.buffers if is_activation_quantizer_param(path)]
     assert measured and all(np.array_equal(end.buffers[path], start.buffers[path]) for path in measured)
+
+
+@pytest.mark.nightly
+def test_learned_scales_move_with_completep():
+    config = dataclasses.replace(
+        PLAIN, parameterization=Parameterization.COMPLETEP, base_width=32, base_depth=1
+    )
+    params, buffers = parameters()
+    # A learned clip moves by what it clips alone, and scaled down attention returns smaller values.
+    low = {path: leaf - 2 if is_activation_quantizer_param(path) else leaf for path, leaf in params.items()}
+    start, end, _ = trained(config, PHASES, given=(low, buffers))
+    scales = [path for path in start.params if path.endswith("log_scale")]
+    assert len(scales) == 5
+    assert all(np.any(end.params[path] != start.params[path]) for path in scales)
 
 
 def test_a_schedule_warms_up_and_freezes_layers_one_after_another():
