@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 SIZES = ("small", "large")
 STUDY_FILE = "study.py"
+MOST_SEEDS = 1000  # more is a mistake, and planning them would take minutes
 PLAN = "plan.json"
 CHANGES = "changes.jsonl"
 VERSION = 1
@@ -155,8 +156,8 @@ def with_num_seeds(studies: Sequence[Study], number: int) -> tuple[Study, ...]:
 
     A study that others build on keeps its only seed, such as that of a teacher.
     """
-    if number < 1:
-        raise ValueError(f"the number of seeds is {number}: give 1 or more")
+    if not 1 <= number <= MOST_SEEDS:
+        raise ValueError(f"the number of seeds is {number:,}: give 1 to {MOST_SEEDS:,}")
     built_on = {earlier.name for study in studies for earlier in study.earlier}
     seeds_of = {}
     for study in studies:

@@ -393,7 +393,8 @@ def test_a_plan_trains_nothing_and_writes_nothing(
         (["."], ". is not the directory of a study"),
         (["run"], "run is a run directory: name a Python file"),
         (["pace.py", "--budgte", "large"], "slmjax ablate has no option --budgte. Did you mean --budget?"),
-        (["pace.py", "--seeds", "0"], "the number of seeds is 0: give 1 or more"),
+        (["pace.py", "--seeds", "0"], "the number of seeds is 0: give 1 to 1,000"),
+        (["pace.py", "--seeds", "100000"], "the number of seeds is 100,000: give 1 to 1,000"),
         (["pace.py", "--seeds", "three"], "--seeds is 'three', not an integer: number of seeds"),
         (["pace.py", "--budget", "medium"], "--budget is 'medium', not one of small, large."),
         (
