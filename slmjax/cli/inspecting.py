@@ -10,6 +10,9 @@ from slmjax.cli.options import parse, print_json, split_experiment, split_positi
 def models_command(argv: Sequence[str]) -> int:
     """List the named architectures with their sizes and costs.
 
+    FLOPs are those of training, per token of a sequence of 4,096 or 131,072 tokens. The state is what
+    decoding keeps of it, in bfloat16, with states of recurrences in float32.
+
     slmjax models
     """
     from slmjax.models import zoo
@@ -24,18 +27,27 @@ def models_command(argv: Sequence[str]) -> int:
     if args.json:
         print_json({name: dataclasses.asdict(summary) for name, summary in summaries.items()})
         return 0
+    from slmjax.planning.memory import size_text
     from slmjax.telemetry.columns import print_columns
 
-    head = ("name", "parameters", "active", "embedding", "FLOPs/token", "bf16 bytes", "cache B/token")
+    # Costs of a sequence of 4k and of 128k tokens: where mixers differ.
+    lengths = [f"{length // 1024}k" for length in zoo.LENGTHS]
+    head = (
+        "name",
+        "parameters",
+        "active",
+        "embedding",
+        *(f"FLOPs/token {length}" for length in lengths),
+        *(f"state {length}" for length in lengths),
+    )
     rows = [
         (
             name,
             f"{summary.parameters:,}",
             f"{summary.active_parameters:,}",
             f"{summary.embedding_parameters:,}",
-            f"{summary.training_flops_per_token:.3g}",
-            f"{summary.bytes_bf16:,}",
-            f"{summary.cache_bytes_per_token:,.0f}",
+            *(f"{costs.training_flops_per_token:.3g}" for costs in summary.by_length),
+            *(size_text(costs.state_bytes) for costs in summary.by_length),
         )
         for name, summary in summaries.items()
     ]

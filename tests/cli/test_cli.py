@@ -272,6 +272,7 @@ def test_models(printed):
         "training_flops_per_token",
         "bytes_bf16",
         "cache_bytes_per_token",
+        "by_length",
     }
     assert {"nano", "shakespeare_char"} <= models.keys() and all(
         wanted <= model.keys() for model in models.values()

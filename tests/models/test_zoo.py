@@ -10,7 +10,7 @@ from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.layers import NormKind
 from slmjax.models.mixers.attention import AttentionConfig, QkNorm
-from slmjax.models.zoo import ARCHITECTURES, Summary, describe
+from slmjax.models.zoo import ARCHITECTURES, LengthCosts, Summary, describe
 
 
 def test_sizes_of_our_architectures() -> None:
@@ -62,7 +62,8 @@ def test_costs_by_hand() -> None:
     # Over four tokens a full layer sees 2.5 on average and a window of two 1.75; two products of 2 FLOPs per
     # head and dim.
     mixing = 2 * (2 * 4 * 2.5 * 2 * 4 + 4 * 1.75 * 1 * 6)
-    assert describe(config) == Summary(
+    shorter = 2 * (2 * 4 * 1.5 * 2 * 4 + 4 * 1.5 * 1 * 6)  # over two tokens both see 1.5
+    assert describe(config, lengths=(2,)) == Summary(
         parameters=tables + 2 * (full_matrices + window_matrices + 4 * one_expert) + norms,
         active_parameters=tables + 2 * (full_matrices + window_matrices + one_expert) + norms,
         embedding_parameters=tables,
@@ -70,6 +71,13 @@ def test_costs_by_hand() -> None:
         bytes_bf16=2 * (tables + 2 * (full_matrices + window_matrices + 4 * one_expert) + norms),
         # Keys and values; slots, heads, dims, bytes.
         cache_bytes_per_token=2 * (2 * 2 * 4 * 1 * 4 * 2 + 2 * 2 * 1 * 6 * 2) / 4,
+        by_length=(
+            LengthCosts(
+                length=2,
+                training_flops_per_token=6 * multiplied + 3 * shorter,
+                state_bytes=2 * (2 * 2 * 2 * 1 * 4 * 2 + 2 * 2 * 1 * 6 * 2),
+            ),
+        ),
     )
 
 

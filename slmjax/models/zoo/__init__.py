@@ -19,7 +19,7 @@ import functools
 from collections.abc import Callable, Mapping
 
 from slmjax.models.architecture import ModelConfig
-from slmjax.models.zoo.costs import Summary, block_state_size, describe, state_size
+from slmjax.models.zoo.costs import LENGTHS, LengthCosts, Summary, block_state_size, describe, state_size
 from slmjax.models.zoo.ours import nano, nano_moe, nano_window, shakespeare_char, slm_12m, slm_124m
 from slmjax.models.zoo.released import (
     RELEASED_ATTENTION,
@@ -81,7 +81,9 @@ ARCHITECTURES: Mapping[str, Callable[[], ModelConfig]] = {
 
 __all__ = [
     "ARCHITECTURES",
+    "LENGTHS",
     "RELEASED",
+    "LengthCosts",
     "Summary",
     "block_state_size",
     "describe",
