@@ -42,6 +42,10 @@ CONFIGS: dict[str, MixerConfig] = {
     "Gated DeltaNet": models.GatedDeltaNetConfig(num_heads=4),
     "KDA": models.KimiDeltaAttentionConfig(num_heads=4),
     "RWKV-7": models.Rwkv7Config(is_first=True),
+    "Mamba": models.MambaConfig(inner_dim=2 * WIDTH),
+    "RG-LRU": models.RgLruConfig(inner_dim=WIDTH, num_blocks=4),
+    "RWKV-4": models.Rwkv4Config(inner_dim=WIDTH),
+    "short convolution": models.ShortConvolutionConfig(),
 }
 
 
