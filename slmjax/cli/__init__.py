@@ -15,7 +15,7 @@ Files in reading order:
 - ablating.py: `slmjax ablate`
 - evaluating.py: `slmjax eval`
 - generating.py: `slmjax generate`
-- converting.py: `slmjax import` and `slmjax export`
+- converting.py: `slmjax import`, `slmjax export` and `slmjax slice`
 - quantizing.py: `slmjax quantize` and `slmjax verify-export`
 - recovery_report.py: `slmjax formats report`
 - format_table.py: `slmjax formats table`
@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from slmjax import startup
 from slmjax.atomic_files import disk_problem
 from slmjax.cli.ablating import ablate_command
-from slmjax.cli.converting import export_command, import_command
+from slmjax.cli.converting import export_command, import_command, slice_command
 from slmjax.cli.coordinates import coordinate_check_command
 from slmjax.cli.early import check
 from slmjax.cli.evaluating import eval_command
@@ -59,6 +59,7 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
     "Import, export and quantize": {
         "import": import_command,
         "export": export_command,
+        "slice": slice_command,
         "quantize": quantize_command,
         "verify-export": verify_export_command,
     },

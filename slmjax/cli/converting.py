@@ -1,4 +1,4 @@
-"""`slmjax import` and `slmjax export`."""
+"""`slmjax import`, `slmjax export` and `slmjax slice`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -70,6 +70,36 @@ def export_command(argv: Sequence[str]) -> int:
     args = parse(Arguments, argv, command="export", description=export_command.__doc__)
     exported = export_model(args.source, args.out, to=args.to, dtype=args.dtype, step=args.step)
     _print_written(exported, is_json=args.json)
+    return 0
+
+
+def slice_command(argv: Sequence[str]) -> int:
+    """Write a smaller model that a model with nested feed-forward layers contains.
+
+    slmjax slice RUN_OR_MODEL_DIR OUT_DIR --fractions 0.5
+    """
+    from slmjax.convert.slicing import slice_model
+
+    load_code(argv)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        # run directory, or directory of an imported model
+        source: Annotated[str, *positional("RUN_OR_MODEL_DIR")]
+        # directory to write
+        out: Annotated[str, *positional("OUT_DIR")]
+        # fractions of the hidden units: one for all layers, or one for each; of ffn.nested, or 1
+        fractions: tuple[float, ...]
+        # checkpoint of the run (none: the newest)
+        step: int | None = None
+        # Python file that defines your own classes, if the run's config names any
+        code: str | None = None
+        # print a summary of what was written as JSON
+        json: bool = False
+
+    args = parse(Arguments, argv, command="slice", description=slice_command.__doc__)
+    written = slice_model(args.source, args.out, fractions=args.fractions, step=args.step)
+    _print_written(written, is_json=args.json, next_command=f"slmjax eval {args.out}")
     return 0
 
 

@@ -18,5 +18,6 @@ Files in reading order:
 - gguf_model.py: a model in a GGUF file
 - model_card.py: the model card of an export
 - import_export.py: `import_model` and `export_model`
+- slicing.py: smaller models out of nested ones
 - verify: exported files checked in other engines
 """

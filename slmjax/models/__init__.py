@@ -23,6 +23,7 @@ Files in reading order:
 - multi_token.py: modules that predict the tokens after the next one
 - decoder.py: the decoder, group after group
 - paths.py: paths of parameters, by stack and by layer
+- nested_ffn.py: feed-forward layers whose prefixes are smaller layers
 - definition.py: a model as functions of flat dicts of parameters
 - zoo: named architectures and their costs
 """

@@ -238,6 +238,11 @@ class ModelConfig:
         self._check_shared_values()
         self._check_shared_ffns()
         self._check_multi_token()
+        if len(counts := {len(ffn.nested) for ffn in self.nested_ffns}) > 1:
+            raise ValueError(
+                f"layers have {' and '.join(map(str, sorted(counts)))} fractions in ffn.nested: a step draws "
+                "one index for all layers, so that each must have as many"
+            )
 
     def _check_shared_values(self) -> None:
         """Raise ValueError for a layer that reads what no earlier layer writes, or not of that kind."""
@@ -325,6 +330,13 @@ class ModelConfig:
                 f"the layer of multi_token reads {names[0]!r} of other layers, which its modules do not get: "
                 "set multi_token.block to a layer that reads nothing"
             )
+
+    @property
+    def nested_ffns(self) -> list[MlpConfig]:
+        """The feed-forward layers with smaller prefixes, those of `multi_token` included."""
+        blocks = [block for group in self.stack for block in group.pattern]
+        blocks += [] if self.multi_token is None else [self.multi_token_block]
+        return [block.ffn for block in blocks if isinstance(block.ffn, MlpConfig) and block.ffn.nested]
 
     @property
     def multi_token_block(self) -> BlockConfig:

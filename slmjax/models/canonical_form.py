@@ -6,6 +6,7 @@ from typing import Any
 
 from slmjax import kernels
 from slmjax.models.architecture import BlockConfig, ModelConfig, Precision, Remat, stack_of
+from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig
 from slmjax.models.layers import ModelDims
 from slmjax.models.mixers.attention import AttentionConfig
@@ -97,6 +98,9 @@ def _canonical_block(block: BlockConfig, dims: ModelDims) -> BlockConfig:
         ffn = dataclasses.replace(
             ffn, balance=balance, balance_weight=0.0, bias_rate=0.0, z_weight=0.0, capacity_factor=None
         )
+    if isinstance(ffn, MlpConfig):
+        # Which prefixes were trained does not change what the whole layer computes.
+        ffn = dataclasses.replace(ffn, nested=())
     return dataclasses.replace(block, mixer=_canonical_mixer(block.mixer, dims), ffn=ffn)
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 from slmjax import losses
 from slmjax.data.batch import Batch
 from slmjax.distill import objective as distillation
+from slmjax.models import nested_ffn
 from slmjax.models.architecture import ModelConfig
 from slmjax.models.definition import Definition, Params
 from slmjax.models.ffn import moe
@@ -136,6 +137,8 @@ def train_step(
         learning_rate=settings.learning_rate(state.step - state.skipped),
     )
     metrics |= multi_token.further_metrics(sums, totals, settings.definition.config)
+    if (granularity := nested_ffn.drawn(settings.definition.config, key)) is not None:
+        metrics["granularity"] = granularity
     if weights is not None:
         metrics |= distillation.weight_metrics(weights)
     return new_state, metrics
@@ -247,6 +250,8 @@ def loss_and_grads(
       weights: of the losses in distillation, with the temperature.
     """
     num_microbatches = settings.optim.accumulation_steps
+    # One granularity for the whole batch, however it is divided.
+    granularity = nested_ffn.drawn(settings.definition.config, key)
 
     def loss_fn(params: Params, part: Part, part_key: Array) -> tuple[Array, dict[str, Array]]:
         examples, hidden = part
@@ -254,10 +259,11 @@ def loss_and_grads(
             dataclasses.replace(teacher, hidden=states)
             for teacher, states in zip(teacher_outputs, hidden, strict=True)
         )
+        # After rounding to formats: a prefix of a rounded layer is the rounded prefix.
         terms, sums = loss_terms(
             settings.forward,
             settings.objective,
-            params,
+            nested_ffn.with_prefixes(params, settings.definition.config, granularity),
             buffers,
             examples,
             key=part_key if settings.definition.config.dropout > 0 else None,

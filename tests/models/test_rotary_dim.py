@@ -51,6 +51,7 @@ def older(config: ModelConfig, fraction: Any) -> str:
         for name in LATER_FIELDS:
             del block["mixer"][name]
         del block["ffn"]["shared_as"]
+        del block["ffn"]["nested"]
         block["mixer"]["rope_fraction"] = fraction
         block["passes"] = block.pop("num_loops")
     return json.dumps(data)

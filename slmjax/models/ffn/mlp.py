@@ -70,6 +70,8 @@ class MlpConfig(FfnConfig):
     # multiplies what the activation is applied to
     activation_multiplier: float = added_field(1.0, before=1.0)
     output_multiplier: float = added_field(1.0, before=1.0)  # multiplies the output
+    # fractions of hidden_dim, ascending: a step trains one of these prefixes, or the whole (none: the whole)
+    nested: tuple[float, ...] = added_field((), before=())
 
     def __post_init__(self) -> None:
         if self.hidden_dim < 1:
@@ -78,6 +80,15 @@ class MlpConfig(FfnConfig):
             raise ValueError(
                 "ffn.activation=clamped_silu needs two projections: set ffn.gated, or choose another "
                 "activation"
+            )
+        if list(self.nested) != sorted(set(self.nested)) or not all(0.0 < part < 1.0 for part in self.nested):
+            raise ValueError(
+                f"ffn.nested are ascending fractions between 0 and 1, without the whole, got {self.nested}"
+            )
+        if any(not (self.hidden_dim * part).is_integer() for part in self.nested):
+            raise ValueError(
+                f"ffn.nested={self.nested} must give whole numbers of the hidden_dim={self.hidden_dim} "
+                "units: choose other fractions, or another hidden_dim"
             )
         # It is part of the parameters' paths.
         if self.shared_as is not None and not self.shared_as.isidentifier():
@@ -92,6 +103,11 @@ class MlpConfig(FfnConfig):
     def shared_name(self) -> str | None:
         """Return the name of the weights that layers share."""
         return self.shared_as
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Hidden units of each granularity, ascending; the last is the whole layer."""
+        return (*(round(self.hidden_dim * part) for part in self.nested), self.hidden_dim)
 
     def active_fraction(self) -> float:
         """Return 1: a dense layer has no experts, and uses every parameter."""
