@@ -65,6 +65,8 @@ class TensorMap:
     base: str = "model."
     # patterns of tensors that are not parameters
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    # parts of names and what files may have in their place, where libraries save other names than releases
+    other_names: tuple[tuple[str, str], ...] = ()
 
     def layer_rules(self, block: BlockConfig) -> tuple[Rule, ...]:
         """Return the rules of a layer."""

@@ -100,14 +100,23 @@ def _family_of(values: dict[str, Any], path: Path) -> Family:
 
 
 def _as_saved(rules: list[BoundRule], tensor_map: TensorMap, names: set[str]) -> list[BoundRule]:
-    """Adapt the rules to a model that was saved without its head, whose names lack the prefix `base`."""
+    """Adapt the rules to the names of a file, which lack the prefix `base` if it was saved without a head."""
     # transformers saves a bare model, such as `LlamaModel`, without the prefix of its head's class.
     base = tensor_map.base
+    rules = [
+        dataclasses.replace(rule, theirs=[_name_in_file(name, tensor_map, names) for name in rule.theirs])
+        for rule in rules
+    ]
     if names & {name for rule in rules for name in rule.theirs if name.startswith(base)}:
         return rules
     return [
         dataclasses.replace(rule, theirs=[name.removeprefix(base) for name in rule.theirs]) for rule in rules
     ]
+
+
+def _name_in_file(name: str, tensor_map: TensorMap, names: set[str]) -> str:
+    others = (name.replace(part, other) for part, other in tensor_map.other_names)
+    return name if name in names else next((other for other in others if other in names), name)
 
 
 def _check_names(

@@ -10,7 +10,9 @@ from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig
 from slmjax.models.layers import ModelDims
 from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.models.mixers.delta_net import GatedDeltaNetConfig
 from slmjax.models.mixers.differential import DifferentialAttentionConfig
+from slmjax.models.mixers.griffin import RgLruConfig
 from slmjax.models.mixers.latent import LatentAttentionConfig
 from slmjax.models.mixers.mamba2 import PROJECTIONS, GatedNorm, Mamba2Config
 from slmjax.models.mixers.parallel import ParallelMixerConfig, with_parts_changed
@@ -66,6 +68,18 @@ def _canonical_mixer(mixer: MixerConfig, dims: ModelDims) -> MixerConfig:
         )
     if isinstance(mixer, Mamba2Config):
         mixer = _canonical_mamba2(mixer, dims)
+    if isinstance(mixer, GatedDeltaNetConfig):
+        mixer = dataclasses.replace(
+            mixer,
+            num_value_heads=mixer.value_heads,
+            key_dim=mixer.resolved_key_dim(dims),
+            value_dim=mixer.resolved_value_dim(dims),
+            head_norm_eps=mixer.head_norm_eps or dims.norm_eps,
+            # How the computation is divided changes no result.
+            chunk_size=kernels.CHUNK_SIZE,
+        )
+    if isinstance(mixer, RgLruConfig):
+        mixer = dataclasses.replace(mixer, chunk_size=None)
     if isinstance(mixer, ParallelMixerConfig):
         ones = (1.0,) * len(mixer.mixers)
         mixer = dataclasses.replace(

@@ -39,7 +39,7 @@ RULES: tuple[tuple[str, Dims], ...] = (
     (r".*/ffn/(shared/)?(gate|up)/weight", ("embed", "ffn")),
     (r".*/ffn/(shared/)?down/weight", ("ffn_rows", None)),
     (r".*/ffn/(shared/)?down/weight", ("ffn", "embed")),
-    (r".*/router/weight", ("embed", None)),
+    (r".*/(router|shared_gate)/weight", ("embed", None)),
 )
 
 

@@ -105,6 +105,9 @@ def _reason_to_keep(path: str) -> str | None:
     # A small part of the weights: rounding it would change which experts are selected.
     if "/router/" in path or path.endswith("router_bias"):
         return "chooses the experts: stays in floating point"
+    # A single column, whose rounding errors do not average out over outputs.
+    if "/shared_gate/" in path:
+        return "scales all of the shared expert: stays in floating point"
     if path.startswith("positions/"):
         return "added to embeddings, not multiplied with"
     return None if _WEIGHTS.search(path) else "no matrix that inputs are multiplied with"

@@ -36,7 +36,7 @@ class Role(enum.Enum):
     INPUT = "input"  # from a fixed number of inputs to the width
     HIDDEN = "hidden"  # from one width to another
     OUTPUT = "output"  # from the width to the vocabulary; its 1 / width is a factor of the logits
-    ROUTER = "router"  # from the width to the experts
+    ROUTER = "router"  # from the width to a fixed number of outputs, of a router or a gate
     VECTOR = "vector"  # a number for each unit
     QUANTIZER = "quantizer"  # numbers of a number format
 
@@ -66,7 +66,7 @@ def role_of(path: str, *, num_dims: int) -> Role:
         return Role.OUTPUT
     if num_dims < 2:
         return Role.VECTOR
-    return Role.ROUTER if "/router/" in path else Role.HIDDEN
+    return Role.ROUTER if "/router/" in path or "/shared_gate/" in path else Role.HIDDEN
 
 
 def multipliers_of(

@@ -24,6 +24,32 @@ _YARN = {
     "beta_slow": 1.0,
 }
 
+# Two heads of values for each head of keys.
+_DELTA_NET = {
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 7,
+    "linear_conv_kernel_dim": 3,
+}
+_SHARED_EXPERT = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 14,
+}
+_SMALL_WITHOUT_MLP = {name: value for name, value in _SMALL.items() if name != "intermediate_size"}
+_SMALL_WITHOUT_HEADS = {name: value for name, value in _SMALL.items() if name != "head_dim"}
+_VISION = {
+    "depth": 1,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_heads": 1,
+    "out_hidden_size": 24,
+    "patch_size": 2,
+    "num_position_embeddings": 4,
+}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
         "LlamaForCausalLM",
@@ -84,6 +110,104 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [0],
             "norm_topk_prob": False,
             "attention_bias": True,
+        },
+    ),
+    # A share of dims to rotate that is no whole number, a dense layer.
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        _SMALL
+        | {
+            "num_hidden_layers": 4,
+            "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"],
+            "head_dim": 10,
+            "attention_bias": True,
+            "partial_rotary_factor": 0.45,
+            **_DELTA_NET,
+            **_SHARED_EXPERT,
+            "mlp_only_layers": [2],
+            "norm_topk_prob": False,
+        },
+    ),
+    "qwen3_5": (
+        "Qwen3_5ForCausalLM",
+        _SMALL
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+            "tie_word_embeddings": True,
+            **_DELTA_NET,
+        },
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForCausalLM",
+        _SMALL_WITHOUT_MLP
+        | {"layer_types": ["full_attention", "linear_attention"], **_DELTA_NET, **_SHARED_EXPERT},
+    ),
+    "qwen3_5_vision": (
+        "Qwen3_5ForConditionalGeneration",
+        {
+            "text_config": _SMALL
+            | {
+                "layer_types": ["full_attention", "linear_attention"],
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.75,
+                    "mrope_section": [1, 1, 1],
+                    "mrope_interleaved": True,
+                },
+                **_DELTA_NET,
+            },
+            "vision_config": _VISION,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_5_moe_vision": (
+        "Qwen3_5MoeForConditionalGeneration",
+        {
+            "text_config": _SMALL_WITHOUT_MLP
+            | {"layer_types": ["linear_attention", "full_attention"], **_DELTA_NET, **_SHARED_EXPERT},
+            "vision_config": _VISION,
+        },
+    ),
+    # Norms before linear layers and after full ones; no positions.
+    "olmo_hybrid": (
+        "OlmoHybridForCausalLM",
+        _SMALL_WITHOUT_HEADS
+        | {
+            "num_hidden_layers": 5,
+            "num_key_value_heads": 2,
+            "layer_types": [
+                "linear_attention",
+                "full_attention",
+                "linear_attention",
+                "full_attention",
+                "linear_attention",
+            ],
+            "pad_token_id": 0,
+            "eos_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": None},
+            **_DELTA_NET,
+            # As wide as all values together: transformers saves the convolutions in thirds.
+            "linear_key_head_dim": 14,
+        },
+    ),
+    # A recurrence wider than the model, and windows shorter than the text.
+    "recurrent_gemma": (
+        "RecurrentGemmaForCausalLM",
+        {
+            "vocab_size": 47,
+            "hidden_size": 24,
+            "intermediate_size": 41,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "lru_width": 30,
+            "attention_window_size": 6,
+            "conv1d_width": 3,
+            "logits_soft_cap": 4.0,
+            "block_types": ["recurrent", "attention", "recurrent"],
+            "partial_rotary_factor": 0.75,
         },
     ),
     "mixtral": (

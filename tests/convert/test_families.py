@@ -26,7 +26,12 @@ def read_golden(case: str) -> dict[str, Any]:
     return json.loads((GOLDEN / f"{case}.json").read_text())
 
 
-OTHER_NAMES = {"gemma3_vision": "Gemma3ForCausalLM"}  # exported without the vision tower
+# Exported without the vision tower.
+OTHER_NAMES = {
+    "gemma3_vision": "Gemma3ForCausalLM",
+    "qwen3_5_vision": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_vision": "Qwen3_5MoeForCausalLM",
+}
 
 
 def decoded_logits(loaded: slmjax.Loaded, ids: np.ndarray) -> np.ndarray:

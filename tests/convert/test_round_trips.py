@@ -3,6 +3,7 @@ configurations are the zoo's models.
 """
 
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -21,6 +22,12 @@ from tests.convert.synthetic import write_model
 from tests.convert.test_families import GOLDEN, OTHER_NAMES, read_golden, tiny_tokenizer
 
 
+def exported_name(name: str) -> str:
+    """The name of a tensor without a vision tower; of OLMo Hybrid, transformers saves a norm by two names."""
+    name = name.replace("language_model.", "")
+    return re.sub(r"(layers\.[13]\.)feedforward_layer_norm", r"\1post_attention_layernorm", name)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_lost_by_import_and_export(case: str, tmp_path: Path) -> None:
     """The same tensors bit for bit, and a configuration that means the same; in the same family."""
@@ -34,9 +41,9 @@ def test_nothing_is_lost_by_import_and_export(case: str, tmp_path: Path) -> None
     before = safetensors_files.TensorFiles(tmp_path / "theirs")
     after = safetensors_files.TensorFiles(tmp_path / "back")
     names = {
-        name.removeprefix("language_model."): name
+        exported_name(name): name
         for name in before.names
-        if not name.startswith(("vision_", "multi_"))
+        if not name.startswith(("vision_", "multi_", "model.visual."))
     }
     assert set(after.names) == set(names)
     for name in after.names:

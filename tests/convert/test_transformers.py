@@ -64,6 +64,9 @@ def changed(settings: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         found.pop("rms_norm_eps", None)
     if settings.get("num_attention_heads", 4) % found.get("num_key_value_heads", 1):
         del found["num_key_value_heads"]
+    # A hybrid begins with a layer of each kind, and some libraries require both.
+    if "linear_attention" in settings.get("layer_types", ()) and "num_hidden_layers" in found:
+        found["num_hidden_layers"] = max(2, found["num_hidden_layers"])
     if "layer_types" in settings and "num_hidden_layers" in found:
         found["layer_types"] = (settings["layer_types"] * 6)[: found["num_hidden_layers"]]
     return settings | found

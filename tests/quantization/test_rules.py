@@ -81,6 +81,15 @@ def test_every_parameter_and_cache_has_a_format_or_a_reason():
     assert lines["final_norm/scale"].bytes == 4 * 64
 
 
+def test_the_gate_of_a_shared_expert_stays():
+    """It is one column, which scales all of the shared expert; the expert itself has a format."""
+    ffn = MoeConfig(hidden_dim=32, shared_hidden_dim=32, shared_gate=True)
+    stack = (LayerGroup(pattern=(dataclasses.replace(DENSE, ffn=ffn),)),)
+    lines = covered(QuantRule(paths=".", weight=Q4), model=dataclasses.replace(MODEL, stack=stack))
+    assert "shared expert" in lines["layers/0/ffn/shared_gate/weight"].reason
+    assert lines["layers/0/ffn/shared/up/weight"].format == "q4_0"
+
+
 def test_without_rules_everything_stays():
     assert all(line.format is None and line.reason for line in assignment_lines(MODEL, ()))
 

@@ -26,6 +26,7 @@ ROLES = {
     f"{BLOCK}/ffn/experts/gate": (Role.HIDDEN, 2),
     f"{BLOCK}/ffn/experts/gate_bias": (Role.VECTOR, 1),
     f"{BLOCK}/ffn/shared/down/weight": (Role.HIDDEN, 2),
+    f"{BLOCK}/ffn/shared_gate/weight": (Role.ROUTER, 2),
     f"{BLOCK}/ffn/router/weight": (Role.ROUTER, 2),
     f"{BLOCK}/ffn/router/bias": (Role.VECTOR, 1),
     f"{BLOCK}/mixer/query/weight/log_scale": (Role.QUANTIZER, 2),

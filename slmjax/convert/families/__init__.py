@@ -19,11 +19,15 @@ from slmjax.convert.families import (
     mixtral,
     olmo2,
     olmo3,
+    olmo_hybrid,
     olmoe,
     phi3,
     qwen2,
     qwen3,
+    qwen3_5,
     qwen3_moe,
+    qwen3_next,
+    recurrent_gemma,
     smollm3,
 )
 from slmjax.convert.family import Family
@@ -37,12 +41,19 @@ HF_FAMILIES: tuple[Family, ...] = (
     mistral.HF,
     mixtral.HF,
     qwen3_moe.HF,
+    qwen3_next.HF,
+    qwen3_5.HF,
+    qwen3_5.HF_MOE,
+    qwen3_5.HF_WITH_VISION,
+    qwen3_5.HF_MOE_WITH_VISION,
     gemma2.HF,
     gemma3.HF,
     gemma3.HF_WITH_VISION,
+    recurrent_gemma.HF,
     olmo2.HF,
     olmo3.HF,
     olmoe.HF,
+    olmo_hybrid.HF,
     phi3.HF,
     smollm3.HF,
     granite.HF,
@@ -91,4 +102,10 @@ GGUF_NAMES: Mapping[str, str] = {
         gpt2,
     )
 }
-HF_NAMES: Mapping[str, str] = {gguf: hf for hf, gguf in GGUF_NAMES.items()}
+# What models with a vision tower are exported as.
+LANGUAGE_MODELS: Mapping[str, str] = {
+    gemma3.HF_WITH_VISION.architecture: gemma3.HF.architecture,
+    qwen3_5.HF_WITH_VISION.architecture: qwen3_5.HF.architecture,
+    qwen3_5.HF_MOE_WITH_VISION.architecture: qwen3_5.HF_MOE.architecture,
+}
+HF_NAMES: Mapping[str, str] = {**LANGUAGE_MODELS, **{gguf: hf for hf, gguf in GGUF_NAMES.items()}}

@@ -22,6 +22,7 @@ from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import Biases, QkNorm
+from slmjax.models.protocols import FfnConfig
 
 # Defaults of keys that a config.json may leave out.
 DEFAULTS = {
@@ -59,34 +60,58 @@ def read(settings: Settings) -> ModelConfig:
     if settings.has("num_local_experts") and not settings.has("num_experts"):
         num_experts = settings.take("num_local_experts")
     settings.expect("num_local_experts", num_experts)
-    dense = read_mlp(settings)
-    experts = MoeConfig(
-        num_experts=num_experts,
+    experts = read_experts(
+        settings, num_experts=num_experts, normalize_weights=settings.take("norm_topk_prob")
+    )
+    return read_decoder(
+        settings, [BlockConfig(mixer=attention, ffn=ffn) for ffn in read_sparse_layers(settings, experts)]
+    )
+
+
+def read_experts(settings: Settings, **more: Any) -> MoeConfig:
+    """Read experts; `more` are fields of the `MoeConfig` set by the family."""
+    return MoeConfig(
         num_selected=settings.take("num_experts_per_tok"),
         hidden_dim=settings.positive("moe_intermediate_size"),
         activation=read_activation(settings),
-        normalize_weights=settings.take("norm_topk_prob"),
+        **more,
     )
+
+
+def read_sparse_layers(settings: Settings, experts: MoeConfig) -> list[FfnConfig]:
+    """Read the feed-forward layer of each layer: experts, or an MLP in the layers without."""
+    dense = read_mlp(settings)
     step = settings.positive("decoder_sparse_step")
     dense_layers = settings.take("mlp_only_layers", [])
-    is_sparse = [
-        (layer + 1) % step == 0 and layer not in dense_layers
+    return [
+        experts if (layer + 1) % step == 0 and layer not in dense_layers else dense
         for layer in range(settings.take("num_hidden_layers"))
     ]
-    return read_decoder(
-        settings, [BlockConfig(mixer=attention, ffn=experts if sparse else dense) for sparse in is_sparse]
-    )
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
     """Write a model as the keys of a config.json."""
     attention, _ = first_block(model)
+    windows = {"use_sliding_window": attention.window is not None, "sliding_window": attention.window}
+    biases = write_biases(attention)
+    return {
+        "model_type": "qwen3_moe",
+        **write_decoder(model),
+        **write_attention(attention),
+        **write_sparse_layers(model),
+        **windows,
+        **biases,
+    }
+
+
+def write_sparse_layers(model: ModelConfig) -> dict[str, Any]:
+    """Write the keys of experts and of the layers without. Raises Inexpressible if no layer has experts."""
     layers = [block.ffn for block in model.blocks()]
     moe = next((ffn for ffn in layers if isinstance(ffn, MoeConfig)), None)
     if moe is None:
         raise Inexpressible("no layer has experts")
     mlp = next((ffn for ffn in layers if isinstance(ffn, MlpConfig)), None)
-    experts = {
+    return {
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.num_selected,
         "moe_intermediate_size": moe.hidden_dim,
@@ -96,16 +121,6 @@ def write(model: ModelConfig) -> dict[str, Any]:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer, ffn in enumerate(layers) if isinstance(ffn, MlpConfig)],
         "intermediate_size": moe.hidden_dim if mlp is None else mlp.hidden_dim,
-    }
-    windows = {"use_sliding_window": attention.window is not None, "sliding_window": attention.window}
-    biases = write_biases(attention)
-    return {
-        "model_type": "qwen3_moe",
-        **write_decoder(model),
-        **write_attention(attention),
-        **experts,
-        **windows,
-        **biases,
     }
 
 

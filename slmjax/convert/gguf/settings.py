@@ -85,7 +85,12 @@ def read_attention(settings: Settings, **more: Any) -> AttentionConfig:
     settings.expect("attention.value_length", head_dim)
     has_qkv_bias = settings.take("qkv_bias", False)
     has_output_bias = settings.take("output_bias", False)
-    biases = Biases.ALL if has_output_bias else Biases.QKV if has_qkv_bias else Biases.NONE
+    biases = {
+        (False, False): Biases.NONE,
+        (True, False): Biases.QKV,
+        (False, True): Biases.OUTPUT,
+        (True, True): Biases.ALL,
+    }[bool(has_qkv_bias), bool(has_output_bias)]
     fields: dict[str, Any] = {"biases": biases} | more
     # Families with learned positions set the base to None, and have no keys of rotary positions.
     if "rope_base" not in more:
@@ -124,8 +129,8 @@ def write_attention(
         "attention.head_count_kv": attention.kv_heads,
         "attention.key_length": attention.head_dim,
         "attention.value_length": attention.head_dim,
-        "qkv_bias": attention.biases is not Biases.NONE,
-        "output_bias": attention.biases is Biases.ALL,
+        "qkv_bias": attention.biases in (Biases.QKV, Biases.ALL),
+        "output_bias": attention.biases in (Biases.OUTPUT, Biases.ALL),
         **write_rope(attention),
     }
 

@@ -89,12 +89,14 @@ def read_decoder(
     # Interleaved pairs would need the rows of queries and keys in another order.
     settings.expect("rope_interleaved", False)
     head = HeadKind.TIED if settings.take("tie_word_embeddings") else HeadKind.UNTIED
+    # Models without attention to all tokens may lack the key.
+    if "context_length" not in more:
+        more["context_length"] = settings.positive("max_position_embeddings")
     return ModelConfig(
         embed_dim=settings.positive("hidden_size"),
         stack=stack_of(blocks),
         vocab_size=settings.positive("vocab_size"),
         head=head,
-        context_length=settings.positive("max_position_embeddings"),
         norm_eps=settings.take(eps),
         **more,
     )
@@ -242,8 +244,10 @@ def read_rope(
     settings: Settings,
     *,
     is_partial: bool = False,
+    fraction: float = 1.0,
     default: Mapping[str, Any] | None = None,
     long_types: Sequence[str] = LONG_TYPES,
+    ignored: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return `rope_base` and `rope_scaling`, from top-level keys or a nested table.
 
@@ -251,8 +255,10 @@ def read_rope(
 
     Args:
       is_partial: whether the family's library can rotate only some dims of each head.
+      fraction: the library's default of `partial_rotary_factor`.
       default: the table if there is none.
       long_types: the family's names of LongRoPE.
+      ignored: keys of the table that do not affect the result.
     """
     if not is_partial:
         settings.expect("partial_rotary_factor", 1.0)
@@ -260,8 +266,9 @@ def read_rope(
     # Phi-3 has this key at the top level, other families in the table.
     original = settings.take("original_max_position_embeddings", None)
     base = settings.positive("rope_theta")
-    fraction = settings.take("partial_rotary_factor", 1.0)
+    fraction = settings.take("partial_rotary_factor", fraction)
     inner = rope_table(settings, default=default)
+    inner.ignore(*ignored)
     if not is_partial:
         inner.expect("partial_rotary_factor", 1.0)
     fields = rope_fields(

@@ -23,6 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from slmjax import kernels
+from slmjax.config import added_field
 from slmjax.models.ffn.mlp import Activation, MlpConfig, gated
 from slmjax.models.layers import ArrayFunction, Linear, ModelDims, truncated_normal
 from slmjax.models.protocols import Ffn, FfnAux, FfnConfig
@@ -59,6 +60,8 @@ class MoeConfig(FfnConfig):
     normalize_weights: bool = True  # the weights of a token's selected experts sum to one
     routed_scale: float = 1.0  # factor of the weights of the selected experts
     shared_hidden_dim: int = 0  # width of a gated MLP that every token uses in addition; 0 for none
+    # multiply the output of the shared MLP by the sigmoid of a projection of its input to one number (Qwen)
+    shared_gate: bool = added_field(False, before=False)
     balance: Balance = Balance.AUX_LOSS  # method that keeps the load even
     # 0.01 as in Switch Transformer (Fedus et al. 2021), 0.001 for the bias as in DeepSeek-V3.
     balance_weight: float = 0.01  # coefficient of the balance loss
@@ -80,6 +83,8 @@ class MoeConfig(FfnConfig):
             raise ValueError(
                 f"ffn.shared_hidden_dim is {self.shared_hidden_dim}: set a width, or 0 for no shared expert"
             )
+        if self.shared_gate and not self.shared_hidden_dim:
+            raise ValueError("ffn.shared_gate needs a shared expert: set ffn.shared_hidden_dim")
         if negative := [
             name for name in ("balance_weight", "bias_rate", "z_weight") if getattr(self, name) < 0
         ]:
@@ -498,6 +503,9 @@ class Moe(Ffn):
             else None
         )
         self.shared = None if shared is None else shared.build(dims, rngs=rngs)
+        # Like the router it maps any width to a fixed number of outputs.
+        gate_kwargs = {"std": dims.router_std, "rngs": rngs}
+        self.shared_gate = Linear(dims.embed_dim, 1, **gate_kwargs) if config.shared_gate else None
 
     def __call__(
         self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"]
@@ -525,7 +533,11 @@ class Moe(Ffn):
         )
         if self.shared is not None:
             # Routed experts give padding zero through its weights; the shared one needs a mask.
-            y = y + jnp.where(real[:, :, None], self.shared(x, segment_ids=segment_ids)[0], 0)
+            shared = self.shared(x, segment_ids=segment_ids)[0]
+            if self.shared_gate is not None:
+                gates = jax.nn.sigmoid(self.shared_gate(x).astype(jnp.float32))
+                shared = (gates * shared).astype(x.dtype)
+            y = y + jnp.where(real[:, :, None], shared, 0)
         return y, self._report(logits, routing, real, capacity)
 
     def _biases(self, dtype: Any) -> tuple[Array, Array, Array] | None:

@@ -46,8 +46,9 @@ class Biases(enum.Enum):
     """Projections that have a bias."""
 
     NONE = "none"
-    # As in Qwen2.5; ALL is GPT-2's.
-    QKV = "qkv"
+    # As in Qwen2.5; OUTPUT is RecurrentGemma's, ALL is GPT-2's.
+    QKV = "qkv"  # all but the output projection
+    OUTPUT = "output"  # the output projection alone
     ALL = "all"
 
 
@@ -386,7 +387,8 @@ class Attention(CachingMixer, ContextMixer):
         self.dtype = dims.dtype
         self.rotary_dim = config.resolved_rotary_dim(dims)
         self.scale = dims.scaling.score_scale(head_dim, config.scale)
-        linear_kwargs = {"std": dims.init_std, "bias": config.biases is not Biases.NONE, "rngs": rngs}
+        has_bias = config.biases in (Biases.QKV, Biases.ALL)
+        linear_kwargs = {"std": dims.init_std, "bias": has_bias, "rngs": rngs}
         self.query = Linear(dims.embed_dim, config.num_heads * head_dim, **linear_kwargs)
         has_own = config.reads_kv is None
         kv_dim = config.kv_heads * head_dim
@@ -396,7 +398,7 @@ class Attention(CachingMixer, ContextMixer):
             config.num_heads * head_dim,
             dims.embed_dim,
             std=dims.output_std,
-            bias=config.biases is Biases.ALL,
+            bias=config.biases in (Biases.OUTPUT, Biases.ALL),
             rngs=rngs,
         )
         self.query_norm = self._norm(dims, config.num_heads)

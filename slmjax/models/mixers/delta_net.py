@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slmjax import kernels
+from slmjax.config import added_field
 from slmjax.models.layers import Linear, ModelDims, RmsNorm, along_last
 from slmjax.models.mixers.recurrent_parts import (
     MemoryState,
@@ -124,6 +125,8 @@ class GatedDeltaNetConfig(DeltaRuleConfig):
     """Gated DeltaNet: the delta rule with a decay per head, as in Qwen3-Next."""
 
     num_value_heads: int | None = None  # heads of values, N, a multiple of num_heads (none: num_heads)
+    # added to the mean square in the norm of what heads return (none: the model's norm_eps)
+    head_norm_eps: float | None = added_field(None, before=None)
 
     def __post_init__(self) -> None:
         self.check_dims()
@@ -132,6 +135,10 @@ class GatedDeltaNetConfig(DeltaRuleConfig):
             raise ValueError(
                 f"num_value_heads={self.num_value_heads} must be a multiple of num_heads={self.num_heads}: "
                 "heads of values share queries and keys"
+            )
+        if self.head_norm_eps is not None and self.head_norm_eps <= 0:
+            raise ValueError(
+                f"head_norm_eps must be positive, or none for the model's, got {self.head_norm_eps}"
             )
 
     @property
@@ -313,7 +320,7 @@ class GatedDeltaNet(Mixer):
         )
         self.step_bias = nnx.Param(initial_step_bias(rngs.params(), (num_heads,)))
         self.gate = Linear(dims.embed_dim, width, std=dims.init_std, rngs=rngs)
-        self.norm = RmsNorm(self.heads.value_dim, eps=dims.norm_eps)
+        self.norm = RmsNorm(self.heads.value_dim, eps=config.head_norm_eps or dims.norm_eps)
         self.output = Linear(width, dims.embed_dim, std=dims.output_std, rngs=rngs)
 
     def __call__(

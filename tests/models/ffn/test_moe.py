@@ -347,6 +347,7 @@ def test_biases_move_towards_an_even_load():
         ({"num_selected": 9}, "between 1 and ffn.num_experts, 8"),
         ({"hidden_dim": 0}, "at least 1"),
         ({"shared_hidden_dim": -1}, "0 for no shared expert"),
+        ({"shared_gate": True}, "needs a shared expert: set ffn.shared_hidden_dim"),
         ({"z_weight": -1.0}, "ffn.z_weight must not be negative"),
         ({"capacity_factor": 0.0}, "None drops no tokens"),
     ],
@@ -376,6 +377,28 @@ def test_parameters_of_the_layer():
     }
     assert [path for path, _ in nnx.to_flat_state(biases)] == [("router_bias",)]
     assert DROPLESS.build(DIMS, rngs=nnx.Rngs(0)).router_bias is None
+
+
+def test_the_gate_of_a_shared_expert_scales_its_output_alone():
+    """With zeros as its weights the gate is a half."""
+    x, segment_ids = inputs()
+    layer = dataclasses.replace(DEEPSEEK, shared_gate=True).build(DIMS, rngs=nnx.Rngs(0))
+    weights = layer.shared_gate.weight[...]
+    assert weights.shape == (8, 1)
+    graph, state = nnx.split(layer)
+    layer.shared_gate.weight[...] = jnp.zeros_like(weights)
+
+    @jax.jit
+    def outputs(state):
+        layer = nnx.merge(graph, state)
+        return layer(x, segment_ids=segment_ids)[0], layer.shared(x, segment_ids=segment_ids)[0]
+
+    y, shared = outputs(state)
+    y_half, _ = outputs(nnx.state(layer))
+    gates = 1 / (1 + np.exp(-np.asarray(x) @ np.asarray(weights)))
+    expected = (gates - 0.5) * shared * (np.asarray(segment_ids) != 0)[:, :, None]
+    assert np.max(np.abs(expected)) > 0.01
+    np.testing.assert_allclose(y - y_half, expected, atol=2e-6)
 
 
 def test_bfloat16_layer_stays_close():

@@ -147,6 +147,7 @@ def test_initial_steps_and_vectors():
         (lambda: Mamba2Config(inner_dim=100).num_heads(dims_of(8)), "64: change inner_dim or head_dim"),
         (lambda: Mamba2Config(projection_multipliers=(1.0, 2.0)), "2 entries: give one for each of gate"),
         (lambda: GatedDeltaNetConfig(num_heads=2, num_value_heads=3), "must be a multiple of num_heads=2"),
+        (lambda: GatedDeltaNetConfig(num_heads=2, head_norm_eps=0.0), "head_norm_eps must be positive"),
         (lambda: DeltaNetConfig(num_heads=3).resolved_key_dim(dims_of(8)), "change num_heads or key_dim"),
         (lambda: GatedLinearAttentionConfig(decay_divisor=0.0), "decay_divisor must be positive"),
         (lambda: KimiDeltaAttentionConfig(num_heads=2, gate_rank=0), "gate_rank must be at least 1"),
