@@ -14,7 +14,8 @@ from slmjax.models.architecture import ModelConfig
 from slmjax.models.paths import logical_paths
 from slmjax.stored_json import read_object
 
-ROWS_PER_TOKEN = ("embed/table", "head/weight")  # tables that may be padded beyond the vocabulary
+# tables that may be padded beyond the vocabulary
+ROWS_PER_TOKEN = ("embed/table", "embed/per_layer", "head/weight")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,8 @@ def models_command(argv: Sequence[str]) -> int:
         "parameters",
         "active",
         "embedding",
+        "bytes",
+        "resident",
         *(f"FLOPs/token {length}" for length in lengths),
         *(f"state {length}" for length in lengths),
     )
@@ -46,6 +48,8 @@ def models_command(argv: Sequence[str]) -> int:
             f"{summary.parameters:,}",
             f"{summary.active_parameters:,}",
             f"{summary.embedding_parameters:,}",
+            size_text(summary.bytes_bf16),
+            size_text(summary.resident_bytes_bf16),
             *(f"{costs.training_flops_per_token:.3g}" for costs in summary.by_length),
             *(size_text(costs.state_bytes) for costs in summary.by_length),
         )

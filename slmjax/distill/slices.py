@@ -32,13 +32,14 @@ from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.mixers.attention import AttentionConfig, OutputGate, QkNorm
 from slmjax.models.mixers.latent import LatentAttentionConfig
-from slmjax.models.paths import FURTHER
+from slmjax.models.paths import FURTHER, PER_LAYER_PROJECTION, PER_LAYER_TABLE, is_in_layers
 
 log = logging.getLogger(__name__)
 
 EMBEDDING = "embed/table"
 HEAD = "head/weight"
-TABLES = (EMBEDDING, HEAD)  # a row for each token
+PER_LAYER = (PER_LAYER_TABLE, PER_LAYER_PROJECTION)  # columns of every layer, side by side
+TABLES = (EMBEDDING, PER_LAYER_TABLE, HEAD)  # a row for each token
 KNOWN_PARTS = (AttentionConfig, LatentAttentionConfig, MlpConfig, MoeConfig)  # whose inner dims may be cut
 
 # Settings in which a student may differ from its teacher without a warning: sizes, which are cut, and those
@@ -60,6 +61,8 @@ _SHARED_SETTINGS = (
     "residual_multiplier",
     "logit_multiplier",
     "logit_softcap",
+    "loops",
+    "per_layer_embeddings",
 )
 
 Dim = Int[np.ndarray, "..."]  # the teacher's indices that stay in a dim, ascending
@@ -139,8 +142,10 @@ def student_cuts(teacher: Definition, student: Definition, *, chosen: Sequence[i
         if source in teacher_shapes:
             cuts[name] = Cut(
                 source=source,
-                indices=_indices(name, source, teacher_shapes[source], shape, pair),
-                scale=1.0 if pair is None else _scale(teacher_shapes[source], shape),
+                indices=_indices(name, source, teacher_shapes[source], shape, pair)
+                if name not in PER_LAYER
+                else _per_layer_indices(name, teacher_shapes[source], shape, pairs),
+                scale=_scale(teacher_shapes[source], shape) if is_in_layers(name) else 1.0,
             )
         # A buffer without a source is initialised as in a new model: it holds no trained values.
         elif name not in buffers:
@@ -301,6 +306,22 @@ def _indices(
                 "teacher has them"
             )
     return tuple(dims)
+
+
+def _per_layer_indices(
+    name: str, theirs: tuple[int, ...], ours: tuple[int, ...], pairs: Sequence[_Pair]
+) -> tuple[Dim, ...]:
+    """Return the teacher's indices in an array whose columns are those of all layers, side by side."""
+    teacher, student = (config.per_layer_embeddings for config in pairs[0].widths)
+    assert teacher is not None and student is not None
+    if student.dim > teacher.dim or (name not in TABLES and ours[0] > theirs[0]):
+        raise ValueError(
+            f"{name} is {list(ours)} in the student, and {list(theirs)} in the teacher: a student is cut out "
+            "of its teacher, and cannot be wider than it"
+        )
+    rows = np.arange(theirs[0] if name in TABLES else ours[0])
+    columns = [pair.source * teacher.dim + np.arange(student.dim) for pair in pairs]
+    return rows, np.concatenate(columns)
 
 
 def _scale(theirs: tuple[int, ...], ours: tuple[int, ...]) -> float:

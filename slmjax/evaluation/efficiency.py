@@ -100,7 +100,7 @@ def measure_efficiency(
         active_parameters=costs.active_parameters,
         bytes_by_dtype=sizes,
         # A backward pass has two products for each one of the forward pass.
-        forward_flops_per_token=costs.training_flops_per_token / 3,
+        forward_flops_per_token=costs.inference_flops_per_token,
         training_flops_per_token=costs.training_flops_per_token,
         cache_bytes_per_token=cache / config.context_length,
         cache_bytes=cache,

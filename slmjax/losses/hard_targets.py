@@ -26,6 +26,7 @@ def cross_entropy(
     targets: Int[Array, "B T"],
     token_weights: Float[Array, "B T"],
     *,
+    factors: Float[Array, "B T"] | None = None,
     z_loss: float | Float[Array, ""] = 0.0,
     chunk_size: int | None = None,
     vocabulary: Vocabulary | None = None,
@@ -39,6 +40,7 @@ def cross_entropy(
       head: the output layer; its gradient is summed in float32.
       targets: ids below `head.vocab_size`.
       token_weights: the loss mask, or any weights; they get no gradient.
+      factors: multiply the weights, and get a gradient: probabilities, for an expected loss.
       z_loss: coefficient that keeps the softmax normaliser near 1 (PaLM, https://arxiv.org/abs/2204.02311,
         section 5).
       chunk_size: tokens of a device per chunk; None gives about 256 MB of logits.
@@ -49,10 +51,11 @@ def cross_entropy(
       and `correct` (no logit is larger than the target's, so ties count as correct).
     """
     return sharded_sum(
-        _chunk_loss_for,
+        _chunk_loss_for if factors is None else _chunk_expectation_for,
         hidden,
         head,
         tokens=(targets, token_weights),
+        factors=factors,
         constants=jnp.asarray(z_loss, accumulation_dtype(hidden.dtype)),
         chunk_size=chunk_size,
         vocabulary=vocabulary,
@@ -68,6 +71,17 @@ def _chunk_loss_for(shards: communication.Shards) -> ChunkFn:
         (targets, token_weights), _ = tokens
         z_loss, _ = constants
         return hard_loss(logits(hidden, head, shards), targets, token_weights, z_loss, shards)
+
+    return chunk_loss
+
+
+@functools.cache
+def _chunk_expectation_for(shards: communication.Shards) -> ChunkFn:
+    def chunk_loss(hidden: Any, head: Head, tokens: Any, constants: Any) -> tuple[Float[Array, ""], Metrics]:
+        states, factors = hidden
+        (targets, token_weights), _ = tokens
+        z_loss, _ = constants
+        return hard_loss(logits(states, head, shards), targets, token_weights * factors[:, 0], z_loss, shards)
 
     return chunk_loss
 

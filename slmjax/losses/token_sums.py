@@ -62,6 +62,7 @@ def sharded_sum(
     head: Head,
     *,
     tokens: Any,
+    factors: Float[Array, "B T"] | None = None,
     others: tuple[tuple[Array, Head], ...] = (),
     constants: Any = (),
     chunk_size: int | None = None,
@@ -75,6 +76,8 @@ def sharded_sum(
         same function for the same shards.
       hidden: final hidden states, with a gradient; `head` has one too.
       tokens: pytree of arrays [B, T, ...] without a gradient.
+      factors: a number for each token, with a gradient; the function of a chunk then gets the pair of
+        `hidden [C, D]` and `factors [C, 1]` in place of the former.
       others: final hidden states [B, T, E] and heads of other models, without a gradient.
       constants: pytree of scalars and small arrays.
       chunk_size: tokens of a device per chunk; None gives about 256 MB of logits.
@@ -83,7 +86,8 @@ def sharded_sum(
     Raises:
       ValueError: the tables do not have the same number of rows.
     """
-    all_hidden = (hidden, *(other_hidden for other_hidden, _ in others))
+    own: Any = hidden if factors is None else (hidden, factors[..., None])
+    all_hidden = (own, *(other_hidden for other_hidden, _ in others))
     heads = (head, *(other_head for _, other_head in others))
     num_rows = head.weight.shape[0]
     table_rows = [each.weight.shape[0] for each in heads]
@@ -103,7 +107,7 @@ def sharded_sum(
     token_dim, bias_dim = ("tokens", None) if is_gathered else ("time", "vocab")
 
     def on_device(
-        all_hidden: tuple[Array, ...], tables: tuple[Array, ...], biases: Any, tokens: Any, constants: Any
+        all_hidden: tuple[Any, ...], tables: tuple[Array, ...], biases: Any, tokens: Any, constants: Any
     ) -> Any:
         gathered = [communication.gathered_table(table, replicated=is_gathered) for table in tables]
         shards = gathered[0][1]
@@ -113,8 +117,12 @@ def sharded_sum(
         )
         # The gradient of a replicated head is then one sum over devices, after the loop over chunks, and so
         # is that of hidden states which several devices multiply with their parts of a head.
-        leaves, structure = jax.tree.flatten((all_hidden[0], local_heads[0]))
+        states = all_hidden[0] if factors is None else all_hidden[0][0]
+        leaves, structure = jax.tree.flatten((states, local_heads[0]))
         own_hidden, own_head = jax.tree.unflatten(structure, communication.match_varying(*leaves))
+        if factors is not None:
+            # Their gradient is the loss of a token, which devices with the same tokens have in full.
+            own_hidden = (own_hidden, all_hidden[0][1])
         sums = _device_sum(
             chunk_fn_for(shards),
             (own_hidden, *all_hidden[1:]),
@@ -145,7 +153,7 @@ def _table_dims(num_rows: int, *, batch_size: int, length: int, is_gathered: boo
 
 def _device_sum(
     chunk_fn: ChunkFn,
-    all_hidden: tuple[Array, ...],
+    all_hidden: tuple[Any, ...],
     heads: tuple[Head, ...],
     tokens: Any,
     constants: Any,
@@ -154,7 +162,8 @@ def _device_sum(
     """Return `chunked_sum` over the tokens [B, T] of one device; the first model has a gradient."""
     flat_hidden, flat_tokens = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (all_hidden, tokens))
     if chunk_size is None:
-        chunk_size = default_chunk_size(flat_hidden[0].shape[0], heads[0].weight.shape[0])
+        num_tokens = jax.tree.leaves(flat_hidden)[0].shape[0]
+        chunk_size = default_chunk_size(num_tokens, heads[0].weight.shape[0])
     return chunked_sum(
         chunk_fn,
         flat_hidden[0],
@@ -178,7 +187,7 @@ def default_chunk_size(num_tokens: int, vocab_rows: int) -> int:
 
 def chunked_sum(
     fn: ChunkFn,
-    hidden: Float[Array, "N D"],
+    hidden: Any,
     params: Any,
     *,
     tokens: Any,
@@ -195,7 +204,7 @@ def chunked_sum(
     Args:
       fn: `fn(hidden [C, D], params, tokens, constants) -> (scalar sum, pytree of sums)`. It must be the same
         function in every call, and may not close over an array.
-      hidden: the hidden states of all tokens.
+      hidden: the hidden states [N, D] of all tokens, or a pytree of arrays [N, ...], with a gradient.
       params: pytree of arrays that every chunk uses in full, with a gradient: heads.
       tokens: pytree of arrays [N, ...] that are cut along with `hidden`, without a gradient: targets,
         weights.
@@ -216,9 +225,9 @@ def chunked_sum(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked_sum(
-    fn: ChunkFn, chunk_size: int, hidden: Array, params: Any, tokens: Any, constants: Any
+    fn: ChunkFn, chunk_size: int, hidden: Any, params: Any, tokens: Any, constants: Any
 ) -> tuple[Array, Any]:
-    def step(carry: None, chunk: tuple[Array, Any]) -> tuple[None, Any]:
+    def step(carry: None, chunk: tuple[Any, Any]) -> tuple[None, Any]:
         return carry, fn(chunk[0], params, chunk[1], constants)
 
     _, sums = _scan_chunks(step, None, (hidden, tokens), chunk_size)
@@ -226,36 +235,41 @@ def _chunked_sum(
 
 
 def _chunked_sum_forward(
-    fn: ChunkFn, chunk_size: int, hidden: Array, params: Any, tokens: Any, constants: Any
-) -> tuple[tuple[Array, Any], tuple[Array, Any, Any]]:
+    fn: ChunkFn, chunk_size: int, hidden: Any, params: Any, tokens: Any, constants: Any
+) -> tuple[tuple[Array, Any], tuple[Any, Any, Any]]:
     # In float32 from here on: `fn` casts to its own dtype, and gradients arrive in float32 whatever the dtype
     # of `params`. A sum of many chunks in bfloat16 would stop growing.
     params32 = jax.tree.map(lambda p: p.astype(accumulation_dtype(p.dtype)), params)
     value_and_grad = jax.value_and_grad(fn, argnums=(0, 1), has_aux=True)
 
-    def step(params_gradient: Any, chunk: tuple[Array, Any]) -> tuple[Any, Any]:
+    def step(params_gradient: Any, chunk: tuple[Any, Any]) -> tuple[Any, Any]:
         sums, (hidden_gradient, gradient) = value_and_grad(chunk[0], params32, chunk[1], constants)
         return jax.tree.map(jnp.add, params_gradient, gradient), (sums, hidden_gradient)
 
     zeros = jax.tree.map(jnp.zeros_like, params32)
     params_gradient, (sums, hidden_gradient) = _scan_chunks(step, zeros, (hidden, tokens), chunk_size)
     # Without the padding of the last chunk.
-    hidden_gradient = hidden_gradient.reshape(-1, *hidden.shape[1:])[: hidden.shape[0]]
+    hidden_gradient = jax.tree.map(
+        lambda gradient, like: gradient.reshape(-1, *like.shape[1:])[: like.shape[0]], hidden_gradient, hidden
+    )
     # The backward pass needs the dtypes of `params` but not their values: scalars carry them.
     dtypes = jax.tree.map(lambda p: jnp.zeros((), p.dtype), params)
     return jax.tree.map(lambda x: x.sum(0), sums), (hidden_gradient, params_gradient, dtypes)
 
 
 def _chunked_sum_backward(
-    fn: ChunkFn, chunk_size: int, saved: tuple[Array, Any, Any], cotangents: tuple[Array, Any]
-) -> tuple[Array, Any, None, None]:
+    fn: ChunkFn, chunk_size: int, saved: tuple[Any, Any, Any], cotangents: tuple[Array, Any]
+) -> tuple[Any, Any, None, None]:
     del fn, chunk_size
     hidden_gradient, params_gradient, dtypes = saved
     cotangent, _ = cotangents
     params_gradient = jax.tree.map(
         lambda gradient, like: (gradient * cotangent).astype(like.dtype), params_gradient, dtypes
     )
-    return (hidden_gradient * cotangent).astype(hidden_gradient.dtype), params_gradient, None, None
+    hidden_gradient = jax.tree.map(
+        lambda gradient: (gradient * cotangent).astype(gradient.dtype), hidden_gradient
+    )
+    return hidden_gradient, params_gradient, None, None
 
 
 _chunked_sum.defvjp(_chunked_sum_forward, _chunked_sum_backward)

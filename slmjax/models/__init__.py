@@ -13,6 +13,8 @@ Files in reading order:
 - layers.py: norms, linear maps, embeddings
 - protocols.py: interfaces of mixers and feed-forward layers
 - padding.py: padding on the right, in decoding states
+- per_layer.py: per-layer embeddings
+- loops.py: stacks that run several times, and their exit gate
 - rope.py: rotary positions and their scalings
 - ffn: feed-forward layers
 - mixers: token mixers
@@ -44,6 +46,7 @@ from slmjax.models.ffn.channel_mix import ChannelMixConfig
 from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.ffn.moe import Balance, MoeConfig, RouterScore
 from slmjax.models.layers import Linear, ModelDims, NormKind, truncated_normal
+from slmjax.models.loops import ExitGateConfig, StackLoops
 from slmjax.models.mixers.attention import AttentionConfig, Biases, OutputGate, QkNorm
 from slmjax.models.mixers.delta_net import DeltaNetConfig, GatedDeltaNetConfig, KimiDeltaAttentionConfig
 from slmjax.models.mixers.differential import DifferentialAttentionConfig
@@ -60,6 +63,7 @@ from slmjax.models.mixers.rwkv7 import Rwkv7Config
 from slmjax.models.mixers.short_convolution import ShortConvolutionConfig
 from slmjax.models.padding import fill_padding, last_real
 from slmjax.models.parameterization import Parameterization
+from slmjax.models.per_layer import PerLayerEmbeddingConfig
 from slmjax.models.protocols import (
     NO_CONTEXT,
     CachingMixer,
@@ -100,6 +104,7 @@ __all__ = [
     "ContextMixer",
     "DeltaNetConfig",
     "DifferentialAttentionConfig",
+    "ExitGateConfig",
     "Ffn",
     "FfnAux",
     "FfnConfig",
@@ -130,6 +135,7 @@ __all__ = [
     "OutputGate",
     "ParallelMixerConfig",
     "Parameterization",
+    "PerLayerEmbeddingConfig",
     "Precision",
     "QkNorm",
     "Remat",
@@ -141,6 +147,7 @@ __all__ = [
     "Rwkv4Config",
     "Rwkv7Config",
     "ShortConvolutionConfig",
+    "StackLoops",
     "StateSize",
     "StatefulFfn",
     "Visibility",

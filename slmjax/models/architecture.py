@@ -19,6 +19,7 @@ from slmjax.models.ffn.channel_mix import ChannelMixConfig
 from slmjax.models.ffn.mlp import MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
 from slmjax.models.layers import ModelDims, NormKind
+from slmjax.models.loops import ExitGateConfig, StackLoops
 from slmjax.models.mixers.attention import AttentionConfig, with_rope_fraction, with_rotary_dim
 from slmjax.models.mixers.delta_net import DeltaNetConfig, GatedDeltaNetConfig, KimiDeltaAttentionConfig
 from slmjax.models.mixers.differential import DifferentialAttentionConfig
@@ -34,6 +35,7 @@ from slmjax.models.mixers.rwkv4 import Rwkv4Config
 from slmjax.models.mixers.rwkv7 import Rwkv7Config
 from slmjax.models.mixers.short_convolution import ShortConvolutionConfig
 from slmjax.models.parameterization import UNSCALED, Parameterization, Scaling
+from slmjax.models.per_layer import PerLayerEmbeddingConfig
 from slmjax.models.protocols import FfnConfig, MixerConfig, innermost
 
 # More is a mistake, or a file that is made to take all memory and time.
@@ -194,6 +196,10 @@ class ModelConfig:
     dropout: float = 0.0  # rate, on the embedded tokens and on what a block adds
     # prediction of the tokens after the next one, for training and for drafts (none: of the next token alone)
     multi_token: MultiTokenConfig | None = added_field(None, before=None)
+    # a table from which every layer reads a few numbers of each token (none: no such table)
+    per_layer_embeddings: PerLayerEmbeddingConfig | None = added_field(None, before=None)
+    # all layers run several times in a row with the same weights (none: once)
+    loops: StackLoops | None = added_field(None, before=None)
     precision: Precision = Precision.FLOAT32  # dtype of the computation
     remat: Remat = Remat.NONE  # what the backward pass recomputes
 
@@ -295,6 +301,11 @@ class ModelConfig:
                     f"parameterization={kind.value} needs {name}: set it to the {dim} of the model at which "
                     "the learning rate was tuned"
                 )
+        if self.per_layer_embeddings is not None:
+            raise ValueError(
+                f"parameterization={kind.value} has no rules for per_layer_embeddings: set "
+                "parameterization=standard"
+            )
         # A layer of another kind would silently train with factors that are not its own.
         for block in dict.fromkeys(block for group in self.stack for block in group.pattern):
             for part in (*innermost(block.mixer), block.ffn):
@@ -314,6 +325,12 @@ class ModelConfig:
                 f"parameterization={self.parameterization.value} has no rule for multi_token: leave "
                 "multi_token out, or set parameterization=standard"
             )
+        for name in ("loops", "per_layer_embeddings"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"multi_token and {name}: the modules of multi_token run once, and read no table of "
+                    "their own. Leave out one of them"
+                )
         block = self.multi_token_block
         if isinstance(block.ffn, MoeConfig):
             raise ValueError(
@@ -418,7 +435,24 @@ class ModelConfig:
     @property
     def depth(self) -> int:
         """Number of layers as executed: each loop of a block adds to the residual stream once more."""
-        return sum(group.repeats * sum(block.num_loops for block in group.pattern) for group in self.stack)
+        once = sum(group.repeats * sum(block.num_loops for block in group.pattern) for group in self.stack)
+        return once * self.num_stack_loops
+
+    @property
+    def per_layer_dim(self) -> int | None:
+        """Numbers in a row of the table of per-layer embeddings, those of all layers; None without one."""
+        config = self.per_layer_embeddings
+        return None if config is None else self.num_layers * config.dim
+
+    @property
+    def num_stack_loops(self) -> int:
+        """How many times all layers run."""
+        return 1 if self.loops is None else self.loops.num_loops
+
+    @property
+    def exit_gate(self) -> ExitGateConfig | None:
+        """The gate that chooses a loop of the stack for each token, if there is one."""
+        return None if self.loops is None else self.loops.exit_gate
 
     @property
     def table_rows(self) -> int:

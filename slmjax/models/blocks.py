@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from slmjax import kernels
 from slmjax.models.architecture import BlockConfig, LayerGroup, ModelConfig, NormPlacement, Remat
 from slmjax.models.layers import Norm, dropout
+from slmjax.models.per_layer import PerLayerUpdate, by_layer
 from slmjax.models.protocols import (
     NO_CONTEXT,
     Ffn,
@@ -44,6 +45,7 @@ class LayerInputs:
     visibility: Visibility = Visibility.CAUSAL
     is_prefix: Bool[Array, "B T"] | None = None
     shared_ffns: Mapping[str, Ffn] = dataclasses.field(default_factory=dict)  # by `FfnConfig.shared_name`
+    per_layer: Float[Array, "B T N P"] | None = None  # inputs of each layer (`models/per_layer.py`)
 
 
 @jax.tree_util.register_dataclass
@@ -90,6 +92,8 @@ class Block(nnx.Module):
         self.ffn = config.ffn.build(ffn_dims, rngs=rngs) if _has_own_weights(config.ffn) else None
         self.ffn_norm = norm(before and config.ffn is not None)
         self.ffn_post_norm = norm(after and config.ffn is not None)
+        per_layer = model.per_layer_embeddings
+        self.per_layer = None if per_layer is None else PerLayerUpdate(per_layer, dims, rngs=rngs)
 
     def __call__(
         self,
@@ -99,6 +103,7 @@ class Block(nnx.Module):
         state: BlockState | None,
         key: Array | None,
         context: MixerContext | None = None,
+        layer_inputs: Float[Array, "B T P"] | None = None,
     ) -> tuple[Array, BlockState | None, FfnAux, dict[str, Array]]:
         mixed, mixer_state = self.mixer(
             _maybe(self.mixer_norm, x),
@@ -122,6 +127,9 @@ class Block(nnx.Module):
                 fed, aux = ffn(normed, segment_ids=inputs.segment_ids)
             x = self._add(x, _maybe(self.ffn_post_norm, fed), key, 1)
             activations["ffn_output"] = fed
+        if self.per_layer is not None:
+            assert layer_inputs is not None
+            x = self._add(x, self.per_layer(x, layer_inputs), key, 2)
         # One constraint per block keeps the residual stream sharded by batch and time.
         activations["block_output"] = x = communication.constrain(x, ("batch", "time", None))
         captured = {
@@ -145,7 +153,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], update: Float[Array, "B T D"], key: Array | None, index: int
     ) -> Float[Array, "B T D"]:
         if key is not None:
-            # The index gives mixer and feed-forward layer different masks.
+            # The index gives the parts of a block different masks.
             update = dropout(update, jax.random.fold_in(key, index), rate=self.dropout)
         return x + update * self.multiplier
 
@@ -255,7 +263,7 @@ class BlockStack(nnx.Module):
         def repeat(carry: tuple[Array, dict[str, Any]], xs: Any) -> tuple[Any, Any]:
             x, values = carry
             values = {**shared, **values}
-            params, constants, states, index = xs
+            params, constants, states, layer_inputs, index = xs
             new_states = []
             reports = []
             captures = []
@@ -267,7 +275,13 @@ class BlockStack(nnx.Module):
                 block_state = None if states is None else states[offset]
                 context = _context(block.config, inputs, constants[offset], values)
                 x, state, aux, captured = _run_loops(
-                    block, x, inputs=inputs, states=block_state, key=block_key, context=context
+                    block,
+                    x,
+                    inputs=inputs,
+                    states=block_state,
+                    key=block_key,
+                    context=context,
+                    layer_inputs=layer_inputs[offset],
                 )
                 values |= _checked_written(block.config, context)
                 new_states.append(state)
@@ -281,7 +295,11 @@ class BlockStack(nnx.Module):
         unroll = 1
         if self.remat is Remat.NONE:
             unroll = kernels.unrolled_repeats(self.config.repeats, num_blocks=len(self.blocks))
-        xs = (params, constants, states, jnp.arange(self.config.repeats))
+        layer_inputs = [
+            None if inputs.per_layer is None else by_layer(inputs.per_layer, self.layers(offset))
+            for offset in range(len(self.config.pattern))
+        ]
+        xs = (params, constants, states, layer_inputs, jnp.arange(self.config.repeats))
         initial = _initial_values(repeat, x, xs, shared=shared, pattern=self.config.pattern)
         (x, values), (new_states, reports, captures) = jax.lax.scan(body, (x, initial), xs, unroll=unroll)
         return x, None if states is None else new_states, reports, captures, {**shared, **values}
@@ -389,7 +407,14 @@ def _shapes(tree: Any) -> Any:
 
 
 def _run_loops(
-    block: Block, x: Array, *, inputs: LayerInputs, states: Any, key: Array | None, context: MixerContext
+    block: Block,
+    x: Array,
+    *,
+    inputs: LayerInputs,
+    states: Any,
+    key: Array | None,
+    context: MixerContext,
+    layer_inputs: Array | None,
 ) -> tuple[Array, Any, FfnAux, dict]:
     """Run a block `num_loops` times; each loop has its own decoding state, and reports are summed."""
     new_states = []
@@ -406,6 +431,7 @@ def _run_loops(
             state=None if states is None else states[index],
             key=loop_key,
             context=context,
+            layer_inputs=layer_inputs,
         )
         new_states.append(state)
         reports.append(aux)

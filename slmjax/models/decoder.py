@@ -20,7 +20,9 @@ from slmjax import losses
 from slmjax.models.architecture import HeadKind, ModelConfig
 from slmjax.models.blocks import CAPTURES, Block, BlockStack, LayerInputs
 from slmjax.models.layers import ArrayFunction, Embedding, ModelDims, dropout, lookup, truncated_normal
+from slmjax.models.loops import ExitGate, LoopOutputs, exit_log_probs, exit_loops, results_of
 from slmjax.models.multi_token import MultiTokenModule
+from slmjax.models.per_layer import PerLayerInputs
 from slmjax.models.protocols import Ffn, FfnAux, FfnConfig, Visibility
 from slmjax.parallel import communication
 
@@ -40,6 +42,18 @@ class Output:
     metrics: dict[str, Any]  # by stack path of the module that reports, layer dim first
     captured: dict[str, Any]  # the activations of `capture`, by logical path
     state: Any  # decoding state, None in training
+    loops: Any = None  # LoopOutputs | None: of a model with an exit gate
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reports:
+    """What the layers return besides hidden states, as in `Output`."""
+
+    states: Any
+    losses: dict[str, Any]
+    metrics: dict[str, Any]
+    captured: dict[str, Any]
 
 
 class Decoder(nnx.Module):
@@ -52,7 +66,11 @@ class Decoder(nnx.Module):
         key = rngs.params()
         embed_key, head_key, layer_key = jax.random.split(key, 3)
         self.embed = Embedding(
-            config.table_rows, config.embed_dim, std=config.init_std, rngs=nnx.Rngs(params=embed_key)
+            config.table_rows,
+            config.embed_dim,
+            std=config.init_std,
+            rngs=nnx.Rngs(params=embed_key),
+            per_layer_dim=config.per_layer_dim,
         )
         rows = config.learned_positions
         # Derived, not split off with the others, whose values would change with the number of keys.
@@ -63,11 +81,17 @@ class Decoder(nnx.Module):
             else VocabTable(rows, config.embed_dim, std=config.init_std, key=position_key)
         )
         # Outside the groups, whose scans have them as constants: their gradient is the sum over all layers.
-        self.shared = nnx.Dict(
-            {
-                name: SharedFfn(ffn, config.layer_dims(), key=jax.random.fold_in(head_key, 1 + index))
-                for index, (name, ffn) in enumerate(config.shared_ffns.items())
-            }
+        self.shared = nnx.Dict(_shared_ffns(config, key=head_key))
+        per_layer = config.per_layer_embeddings
+        self.per_layer = (
+            None
+            if per_layer is None
+            else PerLayerInputs(
+                per_layer,
+                config.layer_dims(),
+                num_layers=config.num_layers,
+                rngs=nnx.Rngs(params=jax.random.fold_in(embed_key, 3)),
+            )
         )
         stacks = []
         first_layer = 0
@@ -92,6 +116,8 @@ class Decoder(nnx.Module):
                 for index in range(further.num_tokens)
             )
         )
+        gate_key = jax.random.fold_in(embed_key, 2)
+        self.exit_gate = None if config.exit_gate is None else ExitGate(config.layer_dims(), key=gate_key)
         # Marked as data, because quantization may set a module with variables here.
         self.head_quantizer: ArrayFunction | None = nnx.data(None)
 
@@ -128,6 +154,7 @@ class Decoder(nnx.Module):
           ValueError: an activation has no such name, or a mixer or a decoding state has no such visibility.
         """
         _check_visibility(visibility, is_prefix=is_prefix, state=state)
+        x = self._embedded(tokens)
         inputs = LayerInputs(
             segment_ids=segment_ids,
             positions=positions,
@@ -136,15 +163,43 @@ class Decoder(nnx.Module):
             visibility=visibility,
             is_prefix=is_prefix,
             shared_ffns={name: module.ffn for name, module in self.shared.items()},
+            per_layer=self._per_layer_inputs(x, tokens),
         )
-        dtype = self.dtype
-        x = self._embedded(tokens)
         if self.positions is not None:
-            x = x + lookup(self.positions.weight[...], positions, dtype=dtype)
+            x = x + lookup(self.positions.weight[...], positions, dtype=self.dtype)
         x = communication.constrain(x, ("batch", "time", None))
         if key is not None:
             # The index after that of the last layer, so that no layer has the same key.
             x = dropout(x, jax.random.fold_in(key, self.config.num_layers), rate=self.config.dropout)
+        loops = None
+        if self.config.loops is None:
+            x, reports = self._run_groups(x, inputs=inputs, states=state, key=key)
+            hidden = self._head_inputs(self.final_norm(x))
+        else:
+            by_loop, reports = self._run_loops(x, inputs=inputs, states=state, key=key)
+            hidden, loops = self._exited(by_loop)
+        # Logits are not computed here: no array [B, T, V] exists in training.
+        return Output(
+            hidden=hidden,
+            head=self.make_head(),
+            losses=reports.losses,
+            metrics=reports.metrics,
+            captured=reports.captured,
+            state=None if state is None else reports.states,
+            loops=loops,
+        )
+
+    def _per_layer_inputs(
+        self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]
+    ) -> Float[Array, "B T N P"] | None:
+        if self.per_layer is None or self.embed.per_layer is None:
+            return None
+        return self.per_layer(x, lookup(self.embed.per_layer[...], tokens, dtype=self.dtype))
+
+    def _run_groups(
+        self, x: Float[Array, "B T D"], *, inputs: LayerInputs, states: Any, key: Array | None
+    ) -> tuple[Float[Array, "B T D"], _Reports]:
+        """Run all layers once."""
         # Groups differ in their structure and run one after another; only inside one is there a scan.
         new_states = []
         losses_by_name = {}
@@ -152,7 +207,7 @@ class Decoder(nnx.Module):
         captured = {}
         shared: dict[str, Any] = {}
         for index, stack in enumerate(self.segments):
-            stack_state = None if state is None else state[index]
+            stack_state = None if states is None else states[index]
             x, stack_state, reports, captures, shared = stack(
                 x, inputs=inputs, states=stack_state, key=key, shared=shared
             )
@@ -165,15 +220,28 @@ class Decoder(nnx.Module):
                     f"segments/{index}/blocks/{offset}/ffn/{name}": sums for name, sums in aux.metrics.items()
                 }
             captured |= _by_layer(stack, captures)
-        # Logits are not computed here: no array [B, T, V] exists in training.
-        hidden = self.final_norm(x)
-        return Output(
-            hidden=hidden if self.head_quantizer is None else self.head_quantizer(hidden),
-            head=self.make_head(),
-            losses=losses_by_name,
-            metrics=metrics,
-            captured=captured,
-            state=None if state is None else new_states,
+        return x, _Reports(states=new_states, losses=losses_by_name, metrics=metrics, captured=captured)
+
+    def _run_loops(
+        self, x: Float[Array, "B T D"], *, inputs: LayerInputs, states: Any, key: Array | None
+    ) -> tuple[Float[Array, "L B T D"], _Reports]:
+        """Run all layers `loops.num_loops` times, and return the normed result of each loop."""
+
+        def loop(x: Array, xs: tuple[Any, Array]) -> tuple[Array, tuple[Array, _Reports]]:
+            states, index = xs
+            # Keys after that of the embedded tokens.
+            loop_key = None if key is None else jax.random.fold_in(key, self.config.num_layers + 1 + index)
+            x, reports = self._run_groups(x, inputs=inputs, states=states, key=loop_key)
+            x = self.final_norm(x)
+            return x, (x, reports)
+
+        xs = (states, jnp.arange(self.config.num_stack_loops))
+        _, (by_loop, reports) = jax.lax.scan(loop, x, xs)
+        # Sums over tokens are summed over loops; activations are those of the last.
+        summed = jax.tree.map(lambda sums: jnp.sum(sums, axis=0), (reports.losses, reports.metrics))
+        captured = jax.tree.map(lambda activation: activation[-1], reports.captured)
+        return by_loop, _Reports(
+            states=reports.states, losses=summed[0], metrics=summed[1], captured=captured
         )
 
     def further(
@@ -213,7 +281,7 @@ class Decoder(nnx.Module):
         hidden, aux, state = module(
             hidden, self._embedded(next_tokens), inputs=inputs, state=state, key=key, remat=self.config.remat
         )
-        return hidden if self.head_quantizer is None else self.head_quantizer(hidden), aux, state
+        return self._head_inputs(hidden), aux, state
 
     def init_further_state(self, index: int, batch_size: int, *, max_length: int) -> Any:
         """Return an empty decoding state of a module of `config.multi_token`."""
@@ -225,6 +293,19 @@ class Decoder(nnx.Module):
         # model.
         multiplier = jnp.asarray(self.config.embed_multiplier, self.dtype)
         return self.embed(tokens, dtype=self.dtype) * multiplier
+
+    def _exited(self, by_loop: Float[Array, "L B T D"]) -> tuple[Float[Array, "B T D"], LoopOutputs | None]:
+        """Return what the head reads: the result of the loop that the gate chooses, or of the last."""
+        config = self.config.exit_gate
+        if self.exit_gate is None or config is None:
+            return self._head_inputs(by_loop[-1]), None
+        log_probs = exit_log_probs(self.exit_gate(by_loop))
+        by_loop = self._head_inputs(by_loop)
+        exits = exit_loops(log_probs, threshold=config.threshold)
+        return results_of(by_loop, exits), LoopOutputs(hidden=by_loop, log_probs=log_probs)
+
+    def _head_inputs(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return hidden if self.head_quantizer is None else self.head_quantizer(hidden)
 
     def make_head(self) -> losses.Head:
         """Return the output projection, for the loss and the sampler."""
@@ -249,7 +330,14 @@ class Decoder(nnx.Module):
                 for _ in range(block.config.num_loops)
             ]
 
-        return [[repeated(block, stack.config.repeats) for block in stack.blocks] for stack in self.segments]
+        states = [
+            [repeated(block, stack.config.repeats) for block in stack.blocks] for stack in self.segments
+        ]
+        if self.config.loops is None:
+            return states
+        # So has each loop of the stack, in a dim before that of the repeats.
+        num_loops = self.config.num_stack_loops
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_loops, *leaf.shape)), states)
 
 
 class VocabTable(nnx.Module):
@@ -271,6 +359,13 @@ class SharedFfn(nnx.Module):
                 "can share an Ffn only"
             )
         self.ffn = ffn
+
+
+def _shared_ffns(config: ModelConfig, *, key: Array) -> dict[str, SharedFfn]:
+    return {
+        name: SharedFfn(ffn, config.layer_dims(), key=jax.random.fold_in(key, 1 + index))
+        for index, (name, ffn) in enumerate(config.shared_ffns.items())
+    }
 
 
 def _by_layer(stack: BlockStack, captures: list[dict[str, Array]]) -> dict[str, Array]:

@@ -210,10 +210,19 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Embedding table [V, D]."""
+    """Embedding table [V, D], and if the layers have one (`models/per_layer.py`), their table [V, N*P]."""
 
-    def __init__(self, num_rows: int, dim: int, *, std: float, rngs: nnx.Rngs) -> None:
-        self.table = nnx.Param(truncated_normal(rngs.params(), (num_rows, dim), std))
+    def __init__(
+        self, num_rows: int, dim: int, *, std: float, rngs: nnx.Rngs, per_layer_dim: int | None = None
+    ) -> None:
+        key = rngs.params()
+        self.table = nnx.Param(truncated_normal(key, (num_rows, dim), std))
+        # Both are looked up by token: rules of weight decay and Muon for `embed/` hold for both.
+        self.per_layer = (
+            None
+            if per_layer_dim is None
+            else nnx.Param(truncated_normal(jax.random.fold_in(key, 1), (num_rows, per_layer_dim), std))
+        )
 
     def __call__(self, tokens: Int[Array, "B T"], *, dtype: Any) -> Float[Array, "B T D"]:
         return lookup(self.table[...], tokens, dtype=dtype)

@@ -14,16 +14,20 @@ from slmjax.models.architecture import BlockConfig, ModelConfig
 # Numbers of each channel, for each tap of a convolution or state of a recurrence: no map between two spaces.
 PER_CHANNEL = re.compile(r"(taps|log_rates)$")
 
+PER_LAYER_TABLE = "embed/per_layer"  # of `ModelConfig.per_layer_embeddings`
+PER_LAYER_PROJECTION = "per_layer/projection/weight"
 SHARED = "shared/"  # begins the paths of what several layers share
 FURTHER = "multi_token/"  # begins the paths of modules that predict the tokens after the next one
 
 
 def is_multiplied(path: str, shape: Sequence[int]) -> bool:
-    """Return whether a parameter of layers holds matrices that tokens are multiplied with.
+    """Return whether a parameter before the head holds matrices that tokens are multiplied with.
 
     A stacked matrix has the layer dim and two more. So have biases of experts and numbers of each channel,
     which are no matrices.
     """
+    if path == PER_LAYER_PROJECTION:
+        return True
     is_matrix = not path.endswith("bias") and not PER_CHANNEL.search(path)
     num_dims = len(shape) - path.startswith("segments/")
     return is_in_layers(path) and num_dims > 1 and is_matrix
@@ -39,19 +43,21 @@ def num_uses(config: ModelConfig, path: str) -> int:
 
     A shared module counts for every layer that has it, and anything outside the layers once.
     """
-    if path.startswith("segments/"):
-        return block_at(config, path).num_loops
     if path.startswith("head_quantizer/"):
         # The modules of further tokens read the table too.
         return 1 + (0 if config.multi_token is None else config.multi_token.num_tokens)
-    if not path.startswith(SHARED):
+    if not is_in_layers(path) or path.startswith(FURTHER):
         return 1
-    name = path.split("/")[1]
-    return sum(
-        block.num_loops
-        for block in config.blocks()
-        if block.ffn is not None and block.ffn.shared_name() == name
-    )
+    if path.startswith(SHARED):
+        name = path.split("/")[1]
+        uses = sum(
+            block.num_loops
+            for block in config.blocks()
+            if block.ffn is not None and block.ffn.shared_name() == name
+        )
+    else:
+        uses = block_at(config, path).num_loops
+    return uses * config.num_stack_loops
 
 
 def block_at(config: ModelConfig, path: str) -> BlockConfig:

@@ -18,8 +18,8 @@ from slmjax.parallel.mesh import Dims, divides, mesh_spec
 # divide is taken, otherwise the last match. fsdp shards rows rather than columns where it can: a shard then
 # keeps the full last dim, which fills the 128 lanes of a TPU however many devices there are.
 RULES: tuple[tuple[str, Dims], ...] = (
-    (r"embed/table|head/weight|positions/weight", ("vocab_rows", None)),
-    (r"embed/table|head/weight|positions/weight", ("vocab", "embed")),
+    (r"embed/(table|per_layer)|head/weight|positions/weight", ("vocab_rows", None)),
+    (r"embed/(table|per_layer)|head/weight|positions/weight", ("vocab", "embed")),
     # Columns are heads, or channels that belong to heads: `inner` is what a recurrence reads, `gate` what
     # multiplies its result, `decay`, `rate`, `step` and `strength` are for each head or channel.
     (

@@ -25,10 +25,10 @@ from slmjax.quantization.estimators import (
 )
 from slmjax.quantization.rules import QuantRule
 
-TABLES = ("embed/table", "head/weight")
+TABLES = ("embed/table", "embed/per_layer", "head/weight")
 CACHE = "/mixer/cache"  # the end of the path of a mixer's cache
 # Norms, biases and sinks have none of these names.
-_WEIGHTS = re.compile(r"(^embed/table|(^|/)weight|/experts/(gate|up|down))$")
+_WEIGHTS = re.compile(r"(^embed/(table|per_layer)|(^|/)weight|/experts/(gate|up|down))$")
 # Estimators whose scales are parameters or buffers, not computed from the numbers.
 SCALE_ESTIMATORS = (Calibrated, LearnedClip, LearnedScale, LearnedScaleAndOffset)
 

@@ -29,7 +29,14 @@ from slmjax.quantization.activations import (
     ShardActivationQuantizer,
     init_activation_params,
 )
-from slmjax.quantization.assignment import CACHE, SCALE_ESTIMATORS, Assignment, TensorQuant, assign_formats
+from slmjax.quantization.assignment import (
+    CACHE,
+    SCALE_ESTIMATORS,
+    TABLES,
+    Assignment,
+    TensorQuant,
+    assign_formats,
+)
 from slmjax.quantization.rules import QuantPhase, QuantRule, phase_at
 from slmjax.quantization.weights import Formats
 
@@ -286,9 +293,9 @@ def _owner(model: Decoder, path: str) -> tuple[Any, str]:
 
     None for a table of which rows are only looked up.
     """
-    if path in ("embed/table", "head/weight"):
+    if path in TABLES:
         # A tied table is multiplied with the hidden states, and the decoder owns their quantizer.
-        is_head = path == "head/weight" or model.config.head is HeadKind.TIED
+        is_head = path == ("embed/table" if model.config.head is HeadKind.TIED else "head/weight")
         return (model, "head_quantizer") if is_head else (None, "")
     parent, _, name = path.rpartition("/")
     module = _module(model, parent)
@@ -335,8 +342,10 @@ def assignment_lines(config: ModelConfig, phases: Sequence[QuantPhase]) -> list[
     """
     rules = phases[-1].rules if phases else ()
     assignments = assign_model_formats(rules, config, shapes_of(config))
-    if config.head is HeadKind.UNTIED:  # then nothing is multiplied with the embedding
-        assignments["embed/table"] = dataclasses.replace(assignments["embed/table"], input=None)
+    # Of the other tables rows are only looked up.
+    head = "embed/table" if config.head is HeadKind.TIED else "head/weight"
+    for table in set(TABLES) & set(assignments) - {head}:
+        assignments[table] = dataclasses.replace(assignments[table], input=None)
     return [_line(assignment) for assignment in assignments.values()]
 
 

@@ -18,6 +18,7 @@ Files in reading order:
 - recipes.py: built-in experiments, and experiments from files
 - state.py: `TrainState`
 - multi_token.py: the loss of the tokens after the next one
+- expected_loss.py: the loss of a model with an exit gate
 - metrics.py: metrics of a step
 - step.py: the train step, with the loss of a batch as sums and counts
 - population.py: the train step of several members at once

@@ -197,6 +197,12 @@ class Experiment:
                 f"eval.overlap={self.eval.overlap} must be shorter than "
                 f"data.sequence_length={self.data.sequence_length}"
             )
+        # A teacher's distribution is learned from one result, and the gate would learn nothing.
+        if self.objective.distill is not None and self.model.exit_gate is not None:
+            raise ValueError(
+                "objective.distill and model.loops.exit_gate: distillation trains one result of the model, "
+                "and an exit gate chooses among several. Leave out one of them"
+            )
 
 
 def with_absolute_paths(experiment: Experiment) -> Experiment:

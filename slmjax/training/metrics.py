@@ -36,7 +36,8 @@ def step_metrics(
     clipping), `learning_rate`, `accuracy`, `nll`, `targets`, `bytes`, `tokens`; `trained_targets` (0 in a
     skipped step); `skipped` (so far, int32) and `skipped_in_a_row`; of mixtures of experts `dropped` and
     `expert_imbalance` (the busiest expert's load over the mean, averaged over layers); in distillation the
-    mean `divergence`. `data_checksum` is an integer. `grad_norms` and `expert_loads` are arrays, which
+    mean `divergence`; with an exit gate `exit_entropy` (nats) and `expected_loops` of a scored token, and
+    `loss` is an expectation. `data_checksum` is an integer. `grad_norms` and `expert_loads` are arrays, which
     `named_metrics` names.
     """
     # NaN, not 0, for a batch without a target: a loss of 0 would look like a perfect one.
@@ -54,7 +55,9 @@ def step_metrics(
         "data_checksum": data_checksum(batch.row_ids),
         **{name: totals[name] for name in ("targets", "tokens", "bytes")},
     }
-    for name, key in {"accuracy": "correct", "divergence": "divergence"}.items():
+    keys = {"accuracy": "correct", "divergence": "divergence"}
+    keys |= {name: name for name in ("exit_entropy", "expected_loops")}
+    for name, key in keys.items():
         if key in sums:
             metrics[name] = sums[key] / num_targets
     loads = {name: value for name, value in sums.items() if name.endswith("/expert_counts")}
@@ -116,6 +119,8 @@ def group_names(config: ModelConfig) -> tuple[str, ...]:
     names += ["embed", "final_norm"]
     names += ["head"] if config.head is HeadKind.UNTIED else []
     names += [] if config.learned_positions is None else ["positions"]
+    names += [] if config.per_layer_embeddings is None else ["per_layer"]
+    names += [] if config.exit_gate is None else ["exit_gate"]
     names += ["shared"] if config.shared_ffns else []
     names += [] if config.multi_token is None else ["multi_token"]
     return tuple(names)

@@ -9,7 +9,7 @@ and m_L the depth relative to the base (`models.parameterization.Scaling`), for 
     input: embeddings, positions          1        1              1 / m_N
     output: an untied head                1        1              1 / m_N
     hidden: matrices, experts             1 / m_N  m_N            1 / (m_N m_L)
-    router                                1 / m_N  m_N            1 / (m_N m_L)
+    router, exit gate                     1 / m_N  m_N            1 / (m_N m_L)
     vector: norms, biases, sinks          1        1              1 / (m_N m_L); the final norm 1 / m_N
     quantizer: learned scales, offsets    1        1              1
 
@@ -64,6 +64,8 @@ def role_of(path: str, *, num_dims: int) -> Role:
         return Role.INPUT
     if path.startswith("head/"):
         return Role.OUTPUT
+    if path == "exit_gate/direction":
+        return Role.ROUTER
     if num_dims < 2:
         return Role.VECTOR
     return Role.ROUTER if "/router/" in path or "/shared_gate/" in path else Role.HIDDEN

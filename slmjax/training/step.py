@@ -31,6 +31,7 @@ from slmjax.parallel import communication
 from slmjax.quantization.fake_quantization import fake_quantize, weight_formats
 from slmjax.quantization.schedule import QuantSchedule
 from slmjax.training import multi_token
+from slmjax.training.expected_loss import exit_loss
 from slmjax.training.hyperparameters import Hyperparameters
 from slmjax.training.metrics import GradientGroups, gradient_groups, gradient_norms, step_metrics
 from slmjax.training.objective import ObjectiveConfig
@@ -339,6 +340,14 @@ def loss_terms(
             chunk_size=objective.chunk_size,
         )
         terms = {"distillation": (value, "targets")}
+    elif (gate := definition.config.exit_gate) is not None:
+        terms, sums = exit_loss(
+            output,
+            batch,
+            entropy_weight=gate.entropy_weight,
+            z_loss=z_loss,
+            chunk_size=objective.chunk_size,
+        )
     else:
         value, sums = losses.cross_entropy(
             output.hidden,

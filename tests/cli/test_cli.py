@@ -271,6 +271,7 @@ def test_models(printed):
         "embedding_parameters",
         "training_flops_per_token",
         "bytes_bf16",
+        "resident_bytes_bf16",
         "cache_bytes_per_token",
         "by_length",
     }

@@ -22,9 +22,11 @@ from slmjax.convert.source import choose_family
 from slmjax.models.architecture import BlockConfig, HeadKind, LayerGroup, ModelConfig, stack_of
 from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
+from slmjax.models.loops import StackLoops
 from slmjax.models.mixers.attention import AttentionConfig, OutputGate, QkNorm
 from slmjax.models.mixers.differential import DifferentialAttentionConfig
 from slmjax.models.mixers.parallel import ParallelMixerConfig
+from slmjax.models.per_layer import PerLayerEmbeddingConfig
 from slmjax.models.rope import LinearScaling
 from tests.convert.synthetic import write_model
 from tests.convert.test_families import read_golden
@@ -255,6 +257,11 @@ def ffn(**fields: Any) -> BlockConfig:
         (odd(dataclasses.replace(BLOCK, num_loops=2)), r"layer 0.num_loops = 2 \(read back as 1\)"),
         (odd(ffn(shared_as="main")), r"layer 0.ffn.shared_as = main \(read back as None\)"),
         (odd(dataclasses.replace(BLOCK, ffn=None)), r"a feed-forward layer is NoneType"),
+        (odd(loops=StackLoops(num_loops=2)), r"loops = StackLoops \(read back as None\)"),
+        (
+            odd(per_layer_embeddings=PerLayerEmbeddingConfig(dim=4)),
+            r"per_layer_embeddings = PerLayerEmbeddingConfig \(read back as None\)",
+        ),
         (odd(logit_softcap=9.0), r"logit_softcap = 9.0"),
         (odd(mixer(head_dim=7, qk_norm=QkNorm.PER_HEAD)), r"it would lose layer 0.mixer.qk_norm"),
         (odd(ffn(gated=False)), r"gated = False"),

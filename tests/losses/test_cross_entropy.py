@@ -279,6 +279,29 @@ def test_a_batch_on_any_mesh_equals_the_dense_loss(num_times, axes, vocabulary):
     )
 
 
+@pytest.mark.parametrize("vocabulary", list(Vocabulary))
+def test_factors_of_tokens_have_their_losses_as_gradient(vocabulary):
+    _, head, _, _ = make_inputs(bias=False)
+    keys = jax.random.split(jax.random.key(1), 4)
+    hidden = jax.random.normal(keys[0], (4, 7, WIDTH))
+    targets = jax.random.randint(keys[1], (4, 7), 0, VOCAB)
+    weights = 1.0 * jax.random.bernoulli(keys[2], 0.7, (4, 7))
+    factors = jax.random.uniform(keys[3], (4, 7))
+    options = {"z_loss": 0.01, "chunk_size": 3, "vocabulary": vocabulary}
+
+    def expectation(hidden, head, factors):
+        return losses.cross_entropy(hidden, head, targets, weights, factors=factors, **options)[0]
+
+    def dense(hidden, head, factors):
+        flat = (hidden.reshape(-1, WIDTH), head, targets.reshape(-1), (weights * factors).reshape(-1))
+        return dense_cross_entropy(*flat, z_loss=0.01)[0]
+
+    expected = jax.jit(jax.value_and_grad(dense, argnums=(0, 1, 2)))(hidden, head, factors)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        found = jax.jit(jax.value_and_grad(expectation, argnums=(0, 1, 2)))(hidden, head, factors)
+    assert_trees_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_vocabulary_is_sharded_where_that_sends_less():
     assert choose_vocabulary(10, 1024) is Vocabulary.GATHERED  # there is no mesh
     with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):

@@ -45,7 +45,8 @@ LATER_FIELDS = ("rotary_dim", "output_gate", "writes_kv", "reads_kv")  # of atte
 
 def older(config: ModelConfig, fraction: Any) -> str:
     """model.json as it was written when configs had a `rope_fraction`, and phases of quantization."""
-    later = ("parameterization", "base_width", "base_depth", "base_head_dim", "multi_token")
+    later = ("parameterization", "base_width", "base_depth", "base_head_dim", "multi_token", "loops")
+    later += ("per_layer_embeddings",)
     data = {name: value for name, value in to_json(config).items() if name not in later} | {"quant": []}
     for block in data["stack"][0]["pattern"]:
         for name in LATER_FIELDS:

@@ -22,6 +22,7 @@ def test_sizes_of_our_architectures() -> None:
     assert window == dataclasses.replace(
         nano,
         training_flops_per_token=window.training_flops_per_token,
+        inference_flops_per_token=window.inference_flops_per_token,
         cache_bytes_per_token=window.cache_bytes_per_token,
     )
     assert window.cache_bytes_per_token == nano.cache_bytes_per_token * (1 + 3 * 64 / 256) / 4
@@ -67,8 +68,11 @@ def test_costs_by_hand() -> None:
         parameters=tables + 2 * (full_matrices + window_matrices + 4 * one_expert) + norms,
         active_parameters=tables + 2 * (full_matrices + window_matrices + one_expert) + norms,
         embedding_parameters=tables,
+        per_layer_parameters=0,
         training_flops_per_token=6 * multiplied + 3 * mixing,
+        inference_flops_per_token=2 * multiplied + mixing,
         bytes_bf16=2 * (tables + 2 * (full_matrices + window_matrices + 4 * one_expert) + norms),
+        resident_bytes_bf16=2 * (tables + 2 * (full_matrices + window_matrices + 4 * one_expert) + norms),
         # Keys and values; slots, heads, dims, bytes.
         cache_bytes_per_token=2 * (2 * 2 * 4 * 1 * 4 * 2 + 2 * 2 * 1 * 6 * 2) / 4,
         by_length=(

@@ -92,6 +92,7 @@ def run_charts(run: RunRecords) -> list[Chart]:
         *_quantization_charts(run),
         *_speed_charts(run),
         *_expert_charts(run),
+        *_exit_charts(run),
     ]
     return [chart for chart in charts if chart is not None]
 
@@ -128,6 +129,14 @@ def _distillation_charts(run: RunRecords) -> list[Chart | None]:
         lines("teacher-kl", "KL from the teacher", "nats per token, temperature 1", held_out, "teacher_kl"),
         lines("temperature", "Temperature", "of the divergence", training, "temperature"),
         lines("soft-weight", "Weight of the divergence", "in the objective", training, "soft_weight"),
+    ]
+
+
+def _exit_charts(run: RunRecords) -> list[Chart | None]:
+    training = {"training": run.train}
+    return [
+        lines("expected-loops", "Expected loops", "of a scored token", training, "expected_loops"),
+        lines("exit-entropy", "Entropy of exits", "nats per scored token", training, "exit_entropy"),
     ]
 
 
