@@ -44,6 +44,17 @@ NOT_KEYS = ("vocab_size", "has_output", *BIASES, *EXTRA_TENSORS)
 TOLERANCE = 5e-7  # relative; metadata is float32
 # general.file_type
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q8_0": 7, "TQ2_0": 37, "MXFP4": 38}
+# Tensors of several dims that llama.cpp reads in float32 alone, and routers and positions.
+FLOAT32_TENSORS = (
+    "bias",
+    "ffn_gate_inp.weight",
+    "position_embd.weight",
+    "shortconv.conv.weight",
+    "ssm_a",
+    "ssm_conv1d.weight",
+    "ssm_d",
+    "ssm_norm.weight",
+)
 TEKKEN_DEPTH = 40  # layers of Mistral Small, for which llama.cpp has a built-in chat template
 BLOCKS_VERSION = 2  # general.quantization_version: layout of the blocks
 
@@ -346,8 +357,8 @@ def _pending(
         container = container_of(rule, local_model) if in_codes else None
         # Rules only move values, so that an empty array gives the shape.
         shape = rule.write([np.empty(shape, bool) for shape in rule.shapes])[0].shape
-        # As in llama.cpp's own converter, vectors, routers and learned positions stay in float32.
-        is_vector = len(shape) == 1 or name.endswith(("bias", "ffn_gate_inp.weight", "position_embd.weight"))
+        # As in llama.cpp's own converter, vectors, routers, convolutions and positions stay in float32.
+        is_vector = len(shape) == 1 or name.endswith(FLOAT32_TENSORS)
         dtype = np.dtype(np.float32) if is_vector else stored
 
         # Default arguments bind the values of this iteration: a closure would see those of the last one.

@@ -4,11 +4,13 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from slmjax.config import ConfigError
 from slmjax.convert.families import falcon_h1, granite_hybrid, lfm2, mamba2
 from slmjax.convert.family import Family, Inexpressible, read_settings
+from slmjax.convert.gguf import mamba2_settings as gguf_mamba2
 from slmjax.convert.source import FamilyExport, choose_family
 from slmjax.models.architecture import BlockConfig, ModelConfig, stack_of
 from slmjax.models.canonical_form import canonical
@@ -110,6 +112,53 @@ def test_any_order_of_kinds_is_written_and_read_back(config: ModelConfig, family
 def test_what_a_family_cannot_represent_is_refused(config: ModelConfig, family: Family, message: str) -> None:
     with pytest.raises((ValueError, Inexpressible), match=message):
         export(config, family)
+
+
+@pytest.mark.parametrize(
+    ("config", "family", "message"),
+    [
+        (model(MAMBA2, MAMBA2), granite_hybrid.GGUF, r"there are layers of both kinds"),
+        (
+            model(dataclasses.replace(MAMBA2, conv_bias=False), ffn=None),
+            mamba2.GGUF,
+            r"convolutions of a Mamba-2 layer have biases",
+        ),
+        (model(ShortConvolutionConfig()), lfm2.GGUF, r"at least one layer has attention"),
+        (
+            model(ATTENTION, ShortConvolutionConfig(bias=True)),
+            lfm2.GGUF,
+            r"layer 1.mixer.bias = True \(read back as False\)",
+        ),
+        (
+            model(dataclasses.replace(ATTENTION, head_dim=10), ShortConvolutionConfig()),
+            lfm2.GGUF,
+            r"2 heads of 10 dims must be as wide as the model, 16",
+        ),
+    ],
+)
+def test_what_llama_cpp_cannot_compute_is_refused(config: ModelConfig, family: Family, message: str) -> None:
+    with pytest.raises((ValueError, Inexpressible), match=message):
+        export(config, family)
+
+
+@pytest.mark.parametrize("counts", [2, [2, 0], [0, 0, 0]])
+def test_kinds_of_layers_in_gguf_need_a_number_for_each(counts: Any) -> None:
+    """Layers without attention are those without key-value heads."""
+    keys = export(model(ATTENTION, ShortConvolutionConfig(), ShortConvolutionConfig()), lfm2.GGUF).settings
+    assert keys["attention.head_count_kv"] == [2, 0, 0]
+    with pytest.raises(ConfigError, match=r"a hybrid model has a number for each of its 3 layers"):
+        read_settings(lfm2.GGUF, keys | {"attention.head_count_kv": counts}, where="a file")
+
+
+def test_rates_of_decay_in_gguf_by_hand() -> None:
+    """Stored are rates with a minus sign: exp(0) and exp(log 3) as -1 and -3, one for each head."""
+    rule = next(rule for rule in gguf_mamba2.mamba2_rules(1) if rule.theirs == ("ssm_a",))
+    ours = np.log(np.array([1, 3], np.float32))
+    theirs = np.array([[-1], [-3]], np.float32)
+    np.testing.assert_allclose(rule.write([ours])[0], theirs, rtol=1e-6)
+    np.testing.assert_allclose(rule.read([theirs], [(2,)])[0], ours, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"its values must be negative"):
+        rule.read([-theirs], [(2,)])
 
 
 def test_older_spellings_of_lfm2_mean_the_same() -> None:

@@ -80,8 +80,11 @@ GGUF_FAMILIES: tuple[Family, ...] = (
     phi3.GGUF,
     smollm3.GGUF,
     granite.GGUF,
+    granite_hybrid.GGUF,
     gpt_oss.GGUF,
     gpt2.GGUF,
+    lfm2.GGUF,
+    mamba2.GGUF,
 )
 
 # The architecture of an imported model in the other format. An export tries it first.
@@ -98,8 +101,11 @@ GGUF_NAMES: Mapping[str, str] = {
         phi3,
         smollm3,
         granite,
+        granite_hybrid,
         gpt_oss,
         gpt2,
+        lfm2,
+        mamba2,
     )
 }
 # What models with a vision tower are exported as.

@@ -123,16 +123,26 @@ HF = Family(
 # GGUF -------------------------------------------------------------------------------------------------------
 def read_gguf(settings: Settings) -> ModelConfig:
     """Read GGUF metadata as a `ModelConfig`."""
+    block = BlockConfig(mixer=read_gguf_attention(settings), ffn=gguf_settings.read_mlp(settings))
+    return read_gguf_decoder(settings, [block] * settings.take("block_count"))
+
+
+def read_gguf_attention(settings: Settings, **more: Any) -> AttentionConfig:
+    """Read attention with its scale; `more` are arguments of `read_attention`."""
     # llama.cpp takes a multiplier of 0 as absent.
     scale = gguf_settings.shortest(settings.take("attention.scale", 0.0)) or None
-    attention = gguf_settings.read_attention(settings, scale=scale)
+    attention = gguf_settings.read_attention(settings, scale=scale, **more)
     # In this architecture, this key means that there are no positions.
     if not settings.take("rope.scaling.finetuned", True):
         attention = dataclasses.replace(attention, rope_base=None)
-    block = BlockConfig(mixer=attention, ffn=gguf_settings.read_mlp(settings))
+    return attention
+
+
+def read_gguf_decoder(settings: Settings, blocks: Sequence[BlockConfig]) -> ModelConfig:
+    """Read the model around its layers, with the multipliers."""
     return gguf_settings.read_decoder(
         settings,
-        [block] * settings.take("block_count"),
+        blocks,
         logit_multiplier=1.0 / gguf_settings.shortest(settings.nonzero("logit_scale")),
         embed_multiplier=gguf_settings.shortest(settings.take("embedding_scale", 0.0)) or 1.0,
         residual_multiplier=gguf_settings.shortest(settings.take("residual_scale", 0.0)) or 1.0,
@@ -142,6 +152,22 @@ def read_gguf(settings: Settings) -> ModelConfig:
 def write_gguf(model: ModelConfig) -> dict[str, Any]:
     """Write a model as GGUF metadata, also a dense Granite 4, which computes the same."""
     attention, ffn = first_block(model)
+    # llama.cpp looks for tensors of divisors in this architecture, so that all scalings can be written.
+    heads = gguf_settings.write_attention(attention, scalings=(RopeScaling,))
+    return {
+        **gguf_settings.write_decoder(model),
+        **heads,
+        **gguf_settings.write_mlp(ffn, has_bias=True),
+        **write_gguf_multipliers(model, attention),
+    }
+
+
+def write_gguf_multipliers(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
+    """Write the keys of multipliers, and of the absence of positions.
+
+    Raises:
+      Inexpressible: a multiplier is 0.
+    """
     multipliers = {
         "attention.scale": attention.scale,
         "embedding_scale": model.embed_multiplier,
@@ -154,14 +180,7 @@ def write_gguf(model: ModelConfig) -> dict[str, Any]:
             raise Inexpressible(f"llama.cpp takes a multiplier of 0 as absent, but {name} is {multiplier}")
     if attention.rope_base is None:
         multipliers["rope.scaling.finetuned"] = False
-    # llama.cpp looks for tensors of divisors in this architecture, so that all scalings can be written.
-    heads = gguf_settings.write_attention(attention, scalings=(RopeScaling,))
-    return {
-        **gguf_settings.write_decoder(model),
-        **heads,
-        **gguf_settings.write_mlp(ffn, has_bias=True),
-        **multipliers,
-    }
+    return multipliers
 
 
 def gguf_tensor_map(model: ModelConfig) -> TensorMap:

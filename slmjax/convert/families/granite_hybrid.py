@@ -23,6 +23,9 @@ from slmjax.convert.family import (
     matrix,
     stacked_experts,
 )
+from slmjax.convert.gguf import mamba2_settings as gguf_mamba2
+from slmjax.convert.gguf import settings as gguf_settings
+from slmjax.convert.gguf import tensors as gguf_tensors
 from slmjax.convert.hf import mamba2_settings
 from slmjax.convert.hf.mamba2_settings import mamba2_rules, read_mamba2, write_expansion, write_mamba2
 from slmjax.convert.hf.settings import layer_kinds, mixer_of_kind, read_activation, read_mlp, write_activation
@@ -204,4 +207,72 @@ HF = Family(
     write=write,
     defaults=DEFAULTS,
     tensor_map=TensorMap(around=EMBEDDING, layer=layer_rules),
+)
+
+
+# GGUF -------------------------------------------------------------------------------------------------------
+def read_gguf(settings: Settings) -> ModelConfig:
+    """Read GGUF metadata as a `ModelConfig`."""
+    kinds = gguf_settings.has_attention(settings)
+    attention = granite.read_gguf_attention(settings, is_hybrid=True)
+    mamba2 = gguf_mamba2.read_mamba2(settings)
+    ffn: FfnConfig = (
+        gguf_settings.read_moe(
+            settings,
+            width="feed_forward_length",
+            shared_hidden_dim=settings.take("expert_shared_feed_forward_length"),
+        )
+        if settings.take("expert_count", 0)
+        else gguf_settings.read_mlp(settings)
+    )
+    settings.ignore("expert_used_count")
+    blocks = [BlockConfig(mixer=attention if kind else mamba2, ffn=ffn) for kind in kinds]
+    return granite.read_gguf_decoder(settings, blocks)
+
+
+def write_gguf(model: ModelConfig) -> dict[str, Any]:
+    """Write a model as GGUF metadata."""
+    layer_kinds(model, KINDS)
+    attention = mixer_of_kind(model, AttentionConfig)
+    mamba2 = mixer_of_kind(model, Mamba2Config)
+    if attention is None or mamba2 is None:
+        raise Inexpressible("there are layers of both kinds")
+    ffn = next(model.blocks()).ffn
+    if isinstance(ffn, MoeConfig):
+        shared = {"expert_shared_feed_forward_length": ffn.shared_hidden_dim}
+        widths = {**gguf_settings.write_moe(ffn), **shared}
+    else:
+        widths = gguf_settings.write_mlp(ffn)
+    return {
+        **gguf_settings.write_decoder(model),
+        **gguf_settings.write_hybrid_attention(model),
+        **granite.write_gguf_multipliers(model, attention),
+        **gguf_mamba2.write_mamba2(mamba2),
+        **widths,
+    }
+
+
+GGUF_SHARED = (
+    *linear("ffn/shared/gate", "ffn_gate_shexp"),
+    *linear("ffn/shared/up", "ffn_up_shexp"),
+    *linear("ffn/shared/down", "ffn_down_shexp"),
+)
+
+
+def gguf_layer_rules(block: BlockConfig) -> tuple[Rule, ...]:
+    """Return the rules of a layer."""
+    mixer = (
+        gguf_tensors.paired_rules(block.mixer, gguf_tensors.ATTENTION)
+        if isinstance(block.mixer, AttentionConfig)
+        else gguf_mamba2.mamba2_rules(expect_kind(block.mixer, Mamba2Config, "a mixer").num_groups)
+    )
+    ffn = (*gguf_tensors.MLP, *gguf_tensors.MOE, *GGUF_SHARED)
+    return (*mixer, *gguf_tensors.PRE_NORMS, *ffn)
+
+
+GGUF = Family(
+    architecture="granitehybrid",
+    read=read_gguf,
+    write=write_gguf,
+    tensor_map=gguf_tensors.tensor_map(rules=gguf_layer_rules),
 )

@@ -15,6 +15,8 @@ from slmjax.convert.family import (
     norm,
     same,
 )
+from slmjax.convert.gguf import settings as gguf_settings
+from slmjax.convert.gguf import tensors as gguf_tensors
 from slmjax.convert.hf.settings import (
     layer_kinds,
     mixer_of_kind,
@@ -27,7 +29,7 @@ from slmjax.convert.hf.settings import (
 from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
-from slmjax.models.mixers.attention import AttentionConfig, QkNorm
+from slmjax.models.mixers.attention import AttentionConfig, Biases, QkNorm
 from slmjax.models.mixers.short_convolution import ShortConvolutionConfig
 
 # Defaults of keys that a config.json may leave out.
@@ -176,4 +178,63 @@ HF = Family(
         ),
         layer=layer_rules,
     ),
+)
+
+
+# GGUF -------------------------------------------------------------------------------------------------------
+def read_gguf(settings: Settings) -> ModelConfig:
+    """Read GGUF metadata as a `ModelConfig`."""
+    kinds = gguf_settings.has_attention(settings)
+    attention = gguf_settings.read_attention(settings, is_hybrid=True, qk_norm=QkNorm.PER_HEAD)
+    short = ShortConvolutionConfig(width=settings.positive("shortconv.l_cache"))
+    ffn = gguf_settings.read_mlp(settings)
+    return gguf_settings.read_decoder(
+        settings, [BlockConfig(mixer=attention if kind else short, ffn=ffn) for kind in kinds]
+    )
+
+
+def write_gguf(model: ModelConfig) -> dict[str, Any]:
+    """Write a model as GGUF metadata."""
+    layer_kinds(model, KINDS)
+    attention = mixer_of_kind(model, AttentionConfig)
+    short = mixer_of_kind(model, ShortConvolutionConfig)
+    if attention is not None:
+        gguf_settings.check_biases(attention, Biases.NONE)
+        gguf_settings.check_plain_scale(attention)
+        gguf_settings.check_square(model, attention)
+    # The key is required also where no layer has a convolution.
+    width = ShortConvolutionConfig().width if short is None else short.width
+    return {
+        **gguf_settings.write_decoder(model),
+        **gguf_settings.write_hybrid_attention(model),
+        **gguf_settings.write_mlp(next(model.blocks()).ffn),
+        "shortconv.l_cache": width,
+    }
+
+
+GGUF_AROUND = (
+    same("embed/table", "token_embd.weight"),
+    # The norm after the layers has the name of one that other models have before them.
+    *norm("final_norm", "token_embd_norm"),
+    same("head/weight", "output.weight"),
+)
+GGUF_SHORT_CONVOLUTION = (
+    joined([f"{part}/weight" for part in PARTS], "shortconv.in_proj.weight"),
+    joined(["mixer/conv_taps"], "shortconv.conv.weight"),
+    *linear("mixer/output", "shortconv.out_proj"),
+)
+
+
+def gguf_layer_rules(block: BlockConfig) -> tuple[Rule, ...]:
+    """Return the rules of a layer: its mixer's, then those of all layers."""
+    is_attention = isinstance(block.mixer, AttentionConfig)
+    mixer = gguf_tensors.ATTENTION if is_attention else GGUF_SHORT_CONVOLUTION
+    return (*mixer, *gguf_tensors.PRE_NORMS, *gguf_tensors.MLP)
+
+
+GGUF = Family(
+    architecture="lfm2",
+    read=read_gguf,
+    write=write_gguf,
+    tensor_map=gguf_tensors.tensor_map(rules=gguf_layer_rules, around=GGUF_AROUND),
 )

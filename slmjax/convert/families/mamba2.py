@@ -4,6 +4,9 @@ import math
 from typing import Any
 
 from slmjax.convert.family import Family, Inexpressible, TensorMap, expect_kind, norm, same
+from slmjax.convert.gguf import mamba2_settings as gguf_mamba2
+from slmjax.convert.gguf import settings as gguf_settings
+from slmjax.convert.gguf import tensors as gguf_tensors
 from slmjax.convert.hf.mamba2_settings import mamba2_rules, read_mamba2, write_expansion, write_mamba2
 from slmjax.convert.hf.settings import IGNORED
 from slmjax.convert.settings import Settings
@@ -112,3 +115,29 @@ HF = Family(
         base="backbone.",
     ),
 )
+
+
+# GGUF -------------------------------------------------------------------------------------------------------
+def read_gguf(settings: Settings) -> ModelConfig:
+    """Read GGUF metadata as a `ModelConfig`."""
+    settings.ignore("attention.head_count", "attention.head_count_kv")
+    block = BlockConfig(mixer=gguf_mamba2.read_mamba2(settings), ffn=None)
+    return gguf_settings.read_decoder(settings, [block] * settings.take("block_count"))
+
+
+def write_gguf(model: ModelConfig) -> dict[str, Any]:
+    """Write a model as GGUF metadata."""
+    mixer = expect_kind(next(model.blocks()).mixer, Mamba2Config, "layer 0's mixer")
+    # llama.cpp requires these keys, and does not use them here.
+    unused = {"feed_forward_length": 0, "attention.head_count": 0}
+    return {**gguf_settings.write_decoder(model), **gguf_mamba2.write_mamba2(mixer), **unused}
+
+
+def gguf_tensor_map(model: ModelConfig) -> TensorMap:
+    """Return the tensor map of a model, which depends on the groups of its heads."""
+    mixer = expect_kind(next(model.blocks()).mixer, Mamba2Config, "layer 0's mixer")
+    rules = gguf_mamba2.mamba2_rules(mixer.num_groups)
+    return gguf_tensors.tensor_map(*norm("mixer_norm", "attn_norm"), *rules)
+
+
+GGUF = Family(architecture="mamba2", read=read_gguf, write=write_gguf, tensor_map=gguf_tensor_map)

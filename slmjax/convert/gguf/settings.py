@@ -71,11 +71,19 @@ def shortest(value: float) -> float:
 
 
 # Attention --------------------------------------------------------------------------------------------------
-def read_attention(settings: Settings, **more: Any) -> AttentionConfig:
-    """Read heads and rotary positions; `more` are fields of the `AttentionConfig` set by the family."""
+def read_attention(settings: Settings, *, is_hybrid: bool = False, **more: Any) -> AttentionConfig:
+    """Read heads and rotary positions.
+
+    Args:
+      is_hybrid: whether there are layers without attention, which `has_attention` reads.
+      more: fields of the `AttentionConfig` set by the family.
+    """
     heads = settings.take("attention.head_count")
     # Files of models without grouped queries may leave the key out.
     kv_heads = settings.take("attention.head_count_kv", settings.take("attention.head_count"))
+    if is_hybrid and isinstance(kv_heads, list):
+        counts = set(kv_heads) - {0}
+        kv_heads = counts.pop() if len(counts) == 1 else kv_heads
     # Files of models such as OpenELM have a list with an entry for each layer.
     if isinstance(heads, list) or isinstance(kv_heads, list):
         raise ConfigError("attention.head_count differs between layers, which is not supported")
@@ -133,6 +141,33 @@ def write_attention(
         "output_bias": attention.biases in (Biases.OUTPUT, Biases.ALL),
         **write_rope(attention),
     }
+
+
+def has_attention(settings: Settings) -> list[bool]:
+    """Return which layers of a hybrid model have attention: those with key-value heads."""
+    num_layers = settings.take("block_count")
+    counts = settings.take("attention.head_count_kv")
+    if not isinstance(counts, list) or len(counts) != num_layers or not any(counts):
+        raise ConfigError(
+            f"attention.head_count_kv is {counts!r}: a hybrid model has a number for each of its "
+            f"{num_layers} layers, 0 for those without attention, and at least one layer with attention"
+        )
+    return [count > 0 for count in counts]
+
+
+def write_hybrid_attention(model: ModelConfig, **more: Any) -> dict[str, Any]:
+    """Write the keys of `read_attention` and `has_attention`; `more` are arguments of `write_attention`.
+
+    Raises:
+      Inexpressible: no layer has attention.
+    """
+    kinds = [isinstance(block.mixer, AttentionConfig) for block in model.blocks()]
+    mixers = (block.mixer for block in model.blocks())
+    attention = next((mixer for mixer in mixers if isinstance(mixer, AttentionConfig)), None)
+    if attention is None:
+        raise Inexpressible("at least one layer has attention")
+    keys = write_attention(attention, **more)
+    return {**keys, "attention.head_count_kv": [attention.kv_heads if kind else 0 for kind in kinds]}
 
 
 def check_square(model: ModelConfig, attention: AttentionConfig) -> None:

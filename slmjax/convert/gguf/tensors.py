@@ -1,6 +1,7 @@
 """llama.cpp's names of tensors: rules for the tensor maps of families."""
 
 import dataclasses
+from collections.abc import Callable
 
 from slmjax.convert.family import (
     Rule,
@@ -13,7 +14,7 @@ from slmjax.convert.family import (
     same,
     stacked_experts,
 )
-from slmjax.models.architecture import ModelConfig
+from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.mixers.attention import AttentionConfig
 
 AROUND: tuple[Rule, ...] = (
@@ -57,11 +58,15 @@ POST_NORMS: tuple[Rule, ...] = (
 )
 
 
-def tensor_map(*layer: Rule, around: tuple[Rule, ...] = AROUND) -> TensorMap:
-    """Return the tensor map of a family, with the rules of a layer."""
+def tensor_map(
+    *layer: Rule,
+    around: tuple[Rule, ...] = AROUND,
+    rules: Callable[[BlockConfig], tuple[Rule, ...]] | None = None,
+) -> TensorMap:
+    """Return the tensor map of a family, with the rules of a layer, or a function that returns them."""
     return TensorMap(
         around=around,
-        layer=layer,
+        layer=layer if rules is None else rules,
         prefix="blk.{i}.",
         base="",
         # They are settings, read by `gguf_model`.
@@ -72,6 +77,11 @@ def tensor_map(*layer: Rule, around: tuple[Rule, ...] = AROUND) -> TensorMap:
 def paired_tensor_map(model: ModelConfig, *layer: Rule) -> TensorMap:
     """Return the tensor map of a family whose rotated pairs are interleaved in llama.cpp, such as Llama."""
     attention = expect_kind(next(model.blocks()).mixer, AttentionConfig, "layer 0's mixer")
+    return tensor_map(*paired_rules(attention, layer))
+
+
+def paired_rules(attention: AttentionConfig, layer: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Return the rules of a layer, with those of queries and keys for interleaved pairs."""
     heads = {"mixer/query/": attention.num_heads, "mixer/key/": attention.kv_heads}
     # llama.cpp rotates neighbouring dims in these architectures, other libraries dims half a head apart.
     reordered = tuple(
@@ -81,7 +91,7 @@ def paired_tensor_map(model: ModelConfig, *layer: Rule) -> TensorMap:
         if rule.ours[0].startswith(name)
     )
     # Of two rules for a parameter the first is used.
-    return tensor_map(*reordered, *layer)
+    return (*reordered, *layer)
 
 
 def centered(rule: Rule) -> Rule:
