@@ -49,9 +49,7 @@ def mamba2_rules(num_groups: int) -> tuple[Rule, ...]:
         joined([f"{path}/taps" for path in convolutions], "ssm_conv1d.weight"),
         joined([f"{path}/bias" for path in convolutions], "ssm_conv1d.bias"),
         same("mixer/step_bias", "ssm_dt.bias"),
-        Rule(
-            ours=("mixer/log_decay_rate",), theirs=("ssm_a",), read=_read_decay, write=_write_decay
-        ),
+        Rule(ours=("mixer/log_decay_rate",), theirs=("ssm_a",), read=_read_decay, write=_write_decay),
         _as_matrix("mixer/skip", "ssm_d", num_rows=None),
         _as_matrix("mixer/norm_scale", "ssm_norm.weight", num_rows=num_groups),
         matrix("mixer/output/weight", "ssm_out.weight"),
