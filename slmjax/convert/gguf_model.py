@@ -40,7 +40,7 @@ EXTRA_TENSORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 # Settings that follow from whether a tensor has a bias.
 BIASES = {"qkv_bias": "attn_q", "output_bias": "attn_output", "ffn_bias": "ffn_down"}
 # Settings that are not in the metadata.
-NOT_KEYS = ("vocab_size", "has_output", *BIASES, *EXTRA_TENSORS)
+NOT_KEYS = ("vocab_size", "has_output", "has_ssm_norm", *BIASES, *EXTRA_TENSORS)
 TOLERANCE = 5e-7  # relative; metadata is float32
 # general.file_type
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q8_0": 7, "TQ2_0": 37, "MXFP4": 38}
@@ -121,6 +121,9 @@ def _settings(file: GgufFile, architecture: str) -> dict[str, Any]:
     settings["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     # llama.cpp ties the head if the file has no tensor for it; there is no key.
     settings["has_output"] = "output.weight" in file.tensors
+    # The norm of Mamba-2 layers is optional in one architecture.
+    if "blk.0.ssm_norm.weight" in file.tensors:
+        settings["has_ssm_norm"] = True
     # Biases have no key either: layer 0 stands for all, and `_check_names` finds an exception.
     settings |= {name: True for name, tensor in BIASES.items() if f"blk.0.{tensor}.bias" in file.tensors}
     return settings | {

@@ -52,6 +52,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "gpt2": {},
     "lfm2": {"conv_bias": False, "head_dim": 6},
+    # Multipliers are in the weights of these files.
+    "falcon_h1": {
+        **dict.fromkeys(("lm_head_multiplier", "embedding_multiplier", "key_multiplier"), 1.0),
+        **dict.fromkeys(("attention_in_multiplier", "attention_out_multiplier"), 1.0),
+        **dict.fromkeys(("ssm_in_multiplier", "ssm_out_multiplier"), 1.0),
+        "ssm_multipliers": None,
+        "mlp_multipliers": None,
+    },
     "mamba2": {"use_bias": False},
 }
 IN_EVERY_RUN = ("llama", "qwen3", "gemma3", "mixtral", "gpt_oss")

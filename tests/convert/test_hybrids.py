@@ -123,6 +123,11 @@ def test_what_a_family_cannot_represent_is_refused(config: ModelConfig, family: 
             mamba2.GGUF,
             r"convolutions of a Mamba-2 layer have biases",
         ),
+        (
+            model(ParallelMixerConfig(mixers=(AttentionConfig(num_heads=2), MAMBA2)), logit_multiplier=0.5),
+            falcon_h1.GGUF,
+            r"logit_multiplier = 0.5 \(read back as 1.0\)",
+        ),
         (model(ShortConvolutionConfig()), lfm2.GGUF, r"at least one layer has attention"),
         (
             model(ATTENTION, ShortConvolutionConfig(bias=True)),

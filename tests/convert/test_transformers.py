@@ -69,6 +69,9 @@ def changed(settings: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         found["num_hidden_layers"] = max(2, found["num_hidden_layers"])
     if "layer_types" in settings and "num_hidden_layers" in found:
         found["layer_types"] = (settings["layer_types"] * 6)[: found["num_hidden_layers"]]
+        # transformers asks a layer with attention for the length of a text.
+        if "full_attention" in settings["layer_types"] and "full_attention" not in found["layer_types"]:
+            found["layer_types"][-1] = "full_attention"
     return settings | found
 
 

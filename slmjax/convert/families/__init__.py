@@ -84,6 +84,7 @@ GGUF_FAMILIES: tuple[Family, ...] = (
     gpt_oss.GGUF,
     gpt2.GGUF,
     lfm2.GGUF,
+    falcon_h1.GGUF,
     mamba2.GGUF,
 )
 
@@ -105,6 +106,7 @@ GGUF_NAMES: Mapping[str, str] = {
         gpt_oss,
         gpt2,
         lfm2,
+        falcon_h1,
         mamba2,
     )
 }

@@ -4,7 +4,10 @@ import dataclasses
 import math
 from typing import Any
 
-from slmjax.convert.family import Family, TensorMap, expect_kind, linear, norm, same
+from slmjax.convert.family import Family, Rule, TensorMap, expect_kind, linear, norm, same
+from slmjax.convert.gguf import mamba2_settings as gguf_mamba2
+from slmjax.convert.gguf import settings as gguf_settings
+from slmjax.convert.gguf import tensors as gguf_tensors
 from slmjax.convert.hf import mamba2_settings
 from slmjax.convert.hf.mamba2_settings import mamba2_rules, read_mamba2, write_mamba2
 from slmjax.convert.hf.settings import (
@@ -20,7 +23,7 @@ from slmjax.convert.hf.settings import (
 from slmjax.convert.settings import Settings
 from slmjax.models.architecture import BlockConfig, ModelConfig
 from slmjax.models.ffn.mlp import MlpConfig
-from slmjax.models.mixers.attention import AttentionConfig
+from slmjax.models.mixers.attention import AttentionConfig, Biases
 from slmjax.models.mixers.mamba2 import PROJECTIONS, GatedNorm, Mamba2Config
 from slmjax.models.mixers.parallel import ParallelMixerConfig
 
@@ -108,12 +111,18 @@ def _read_mamba2(settings: Settings) -> Mamba2Config:
     )
 
 
+def parallel_parts(block: BlockConfig) -> tuple[AttentionConfig, Mamba2Config]:
+    """Return the two mixers of a layer. Raises Inexpressible if they are of other kinds."""
+    mixer = expect_kind(block.mixer, ParallelMixerConfig, "layer 0's mixer")
+    attention = expect_kind(mixer.mixers[0], AttentionConfig, "the first of the parallel mixers")
+    return attention, expect_kind(mixer.mixers[1], Mamba2Config, "the second of the parallel mixers")
+
+
 def write(model: ModelConfig) -> dict[str, Any]:
     """Write a model as the keys of a config.json."""
     block = next(model.blocks())
+    attention, mamba2 = parallel_parts(block)
     mixer = expect_kind(block.mixer, ParallelMixerConfig, "layer 0's mixer")
-    attention = expect_kind(mixer.mixers[0], AttentionConfig, "the first of the parallel mixers")
-    mamba2 = expect_kind(mixer.mixers[1], Mamba2Config, "the second of the parallel mixers")
     assert mixer.input_multipliers is not None and mixer.output_multipliers is not None
     mlp = expect_kind(block.ffn, MlpConfig, "a feed-forward layer")
     multipliers = {
@@ -178,4 +187,56 @@ HF = Family(
         ),
         layer=LAYER,
     ),
+)
+
+
+# GGUF -------------------------------------------------------------------------------------------------------
+def read_gguf(settings: Settings) -> ModelConfig:
+    """Read GGUF metadata as a `ModelConfig`, without multipliers: in these files they are in the weights."""
+    norm_kind = GatedNorm.AFTER_GATE if settings.take("has_ssm_norm", False) else GatedNorm.NONE
+    mixer = ParallelMixerConfig(
+        mixers=(
+            gguf_settings.read_attention(settings),
+            gguf_mamba2.read_mamba2(settings, norm=norm_kind),
+        )
+    )
+    block = BlockConfig(mixer=mixer, ffn=gguf_settings.read_mlp(settings))
+    return gguf_settings.read_decoder(settings, [block] * settings.take("block_count"))
+
+
+def write_gguf(model: ModelConfig) -> dict[str, Any]:
+    """Write a model without multipliers as GGUF metadata."""
+    block = next(model.blocks())
+    attention, mamba2 = parallel_parts(block)
+    gguf_settings.check_biases(attention, Biases.NONE)
+    gguf_settings.check_plain_scale(attention)
+    return {
+        **gguf_settings.write_decoder(model),
+        **gguf_settings.write_attention(attention),
+        **gguf_settings.write_mlp(block.ffn),
+        **gguf_mamba2.write_mamba2(mamba2),
+        "has_ssm_norm": mamba2.norm is not GatedNorm.NONE,
+    }
+
+
+def gguf_layer_rules(block: BlockConfig) -> tuple[Rule, ...]:
+    """Return the rules of a layer."""
+    _, mamba2 = parallel_parts(block)
+    attention = (
+        dataclasses.replace(
+            rule, ours=tuple(name.replace("mixer/", "mixer/parts/0/mixer/", 1) for name in rule.ours)
+        )
+        for rule in gguf_tensors.ATTENTION
+    )
+    recurrent = gguf_mamba2.mamba2_rules(mamba2.num_groups, ours="mixer/parts/1/mixer")
+    # The second norm has a name without a suffix.
+    norms = (*norm("mixer_norm", "attn_norm"), same("ffn_norm/scale", "ffn_norm"))
+    return (*attention, *recurrent, *norms, *gguf_tensors.MLP)
+
+
+GGUF = Family(
+    architecture="falcon-h1",
+    read=read_gguf,
+    write=write_gguf,
+    tensor_map=gguf_tensors.tensor_map(rules=gguf_layer_rules),
 )

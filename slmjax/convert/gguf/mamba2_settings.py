@@ -1,4 +1,4 @@
-"""llama.cpp's keys and tensors of Mamba-2 layers, shared by Mamba-2 and Granite 4."""
+"""llama.cpp's keys and tensors of Mamba-2 layers, shared by Mamba-2, Granite 4 and Falcon-H1."""
 
 from typing import Any
 
@@ -10,8 +10,13 @@ from slmjax.convert.settings import Settings
 from slmjax.models.mixers.mamba2 import PROJECTIONS, Mamba2Config
 
 
-def read_mamba2(settings: Settings) -> Mamba2Config:
-    """Read a mixer, without biases of its projections and with those of its convolutions."""
+def read_mamba2(settings: Settings, **more: Any) -> Mamba2Config:
+    """Read a mixer, without biases of its projections and with those of its convolutions.
+
+    Args:
+      more: fields of the `Mamba2Config` set by the family.
+    """
+    settings.ignore("has_ssm_norm")
     inner_dim = settings.positive("ssm.inner_size")
     heads = settings.positive("ssm.time_step_rank")
     if inner_dim % heads:
@@ -22,6 +27,7 @@ def read_mamba2(settings: Settings) -> Mamba2Config:
         state_dim=settings.positive("ssm.state_size"),
         num_groups=settings.positive("ssm.group_count"),
         conv_width=settings.positive("ssm.conv_kernel"),
+        **more,
     )
 
 
@@ -41,18 +47,18 @@ def write_mamba2(mixer: Mamba2Config) -> dict[str, Any]:
     }
 
 
-def mamba2_rules(num_groups: int) -> tuple[Rule, ...]:
-    """Rules for the mixer of a layer."""
-    convolutions = [f"mixer/{name}_convolution" for name in ("value", "key", "query")]
+def mamba2_rules(num_groups: int, *, ours: str = "mixer") -> tuple[Rule, ...]:
+    """Rules for a mixer at this path below its layer."""
+    convolutions = [f"{ours}/{name}_convolution" for name in ("value", "key", "query")]
     return (
-        joined([f"mixer/{name}/weight" for name in PROJECTIONS], "ssm_in.weight"),
+        joined([f"{ours}/{name}/weight" for name in PROJECTIONS], "ssm_in.weight"),
         joined([f"{path}/taps" for path in convolutions], "ssm_conv1d.weight"),
         joined([f"{path}/bias" for path in convolutions], "ssm_conv1d.bias"),
-        same("mixer/step_bias", "ssm_dt.bias"),
-        Rule(ours=("mixer/log_decay_rate",), theirs=("ssm_a",), read=_read_decay, write=_write_decay),
-        _as_matrix("mixer/skip", "ssm_d", num_rows=None),
-        _as_matrix("mixer/norm_scale", "ssm_norm.weight", num_rows=num_groups),
-        matrix("mixer/output/weight", "ssm_out.weight"),
+        same(f"{ours}/step_bias", "ssm_dt.bias"),
+        Rule(ours=(f"{ours}/log_decay_rate",), theirs=("ssm_a",), read=_read_decay, write=_write_decay),
+        _as_matrix(f"{ours}/skip", "ssm_d", num_rows=None),
+        _as_matrix(f"{ours}/norm_scale", "ssm_norm.weight", num_rows=num_groups),
+        matrix(f"{ours}/output/weight", "ssm_out.weight"),
     )
 
 
