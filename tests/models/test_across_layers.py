@@ -394,7 +394,8 @@ def test_per_layer_embeddings_by_their_definition():
     assert params["embed/per_layer"].shape == (64, 3 * 4)
     found = value_and_gradient(WITH_TABLE, params, packed_batch())
     expected = plain_per_layer(params, packed_batch())
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    # A sum of a thousand terms of both signs.
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-3)
     for path, leaf in expected[1].items():
         np.testing.assert_allclose(found[1][path], leaf, rtol=2e-3, atol=2e-3, err_msg=path)
     assert np.abs(found[1]["embed/per_layer"]).max() > 0.1
@@ -493,10 +494,21 @@ def test_inputs_of_layers_equal_those_of_gemma3n():
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
 
+# Each alone would compile as much again: the others are trained together.
+EVERYTHING = model(with_shared_ffn([FULL]), loops=LOOPS, per_layer_embeddings=PER_LAYER, remat=Remat.NONE)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        model(with_shared_ffn([FULL] * 2), remat=Remat.NONE),
+        pytest.param(EVERYTHING, marks=pytest.mark.nightly),
+    ],
+    ids=["shared", "everything"],
+)
 @pytest.mark.composes("mesh", "accumulation", "resume")
-def test_training_on_a_mesh_equals_one_device_and_resumes_to_the_bit(tmp_path):
+def test_training_on_a_mesh_equals_one_device_and_resumes_to_the_bit(tmp_path, config):
     """Two steps, on the mesh in two parts each."""
-    config = model(with_shared_ffn([FULL] * 2), loops=LOOPS, per_layer_embeddings=PER_LAYER, remat=Remat.NONE)
     optim = dataclasses.replace(OPTIM, accumulation_steps=2, ema_decay=None)
     alone = build(config, optim=dataclasses.replace(optim, accumulation_steps=1))
     divided = build(config, optim=optim, mesh=MESH, num_devices=8)
@@ -505,10 +517,9 @@ def test_training_on_a_mesh_equals_one_device_and_resumes_to_the_bit(tmp_path):
     expected, expected_metrics = alone.run(start, *batches)
     whole, metrics = divided.run(start, *batches)
     assert divided.shapes.params["shared/main/ffn/up/weight"].sharding.spec == jax.P("fsdp", "tensor")
-    assert metrics["skipped"] == 0 and all(
-        metrics["grad_norms"][name] > 0 for name in ("shared", "exit_gate", "per_layer")
-    )
-    for name in ("loss", "grad_norm", "exit_entropy", "expected_loops"):
+    groups = {"shared", "exit_gate", "per_layer"} & metrics["grad_norms"].keys()
+    assert metrics["skipped"] == 0 and all(metrics["grad_norms"][name] > 0 for name in groups)
+    for name in {"loss", "grad_norm", "exit_entropy", "expected_loops"} & expected_metrics.keys():
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-4)
     # The updates of two steps of this rate are of its size.
     jax.tree.map(

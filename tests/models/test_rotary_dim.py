@@ -41,6 +41,7 @@ def first_mixer(config: ModelConfig) -> AttentionConfig:
 
 # Files of earlier versions ----------------------------------------------------------------------------------
 LATER_FIELDS = ("rotary_dim", "output_gate", "writes_kv", "reads_kv")  # of attention
+LATER_FFN_FIELDS = ("shared_as", "nested", "activation_multiplier", "output_multiplier")
 
 
 def older(config: ModelConfig, fraction: Any) -> str:
@@ -51,8 +52,8 @@ def older(config: ModelConfig, fraction: Any) -> str:
     for block in data["stack"][0]["pattern"]:
         for name in LATER_FIELDS:
             del block["mixer"][name]
-        del block["ffn"]["shared_as"]
-        del block["ffn"]["nested"]
+        for name in LATER_FFN_FIELDS:
+            del block["ffn"][name]
         block["mixer"]["rope_fraction"] = fraction
         block["passes"] = block.pop("num_loops")
     return json.dumps(data)
