@@ -24,6 +24,7 @@ def test_sizes_of_our_architectures() -> None:
         training_flops_per_token=window.training_flops_per_token,
         inference_flops_per_token=window.inference_flops_per_token,
         cache_bytes_per_token=window.cache_bytes_per_token,
+        by_length=window.by_length,
     )
     assert window.cache_bytes_per_token == nano.cache_bytes_per_token * (1 + 3 * 64 / 256) / 4
     # Two of eight experts are as wide as nano's layer; a token uses only the router in addition.
