@@ -181,6 +181,7 @@ def test_all_granularities_are_drawn_and_the_step_says_which() -> None:
     assert len(np.unique(np.round(losses, 3))) == 3
 
 
+@pytest.mark.nightly
 def test_a_mesh_and_accumulation_change_nothing() -> None:
     settings = {
         "mesh": MeshConfig(data=2, fsdp=2, tensor=2),

@@ -81,8 +81,12 @@ def assert_equal(drafted: list[Continuation], plain: list[Continuation]) -> None
 
 # Greedily ---------------------------------------------------------------------------------------------------
 def test_attention_continues_alike_and_forgets_rejected_drafts() -> None:
-    """Three modules, prompts of different lengths, ends, and a penalty of tokens used before."""
+    """Three modules, prompts of different lengths, and ends."""
     assert_equal(*both(attention_model()))
+
+
+@pytest.mark.nightly
+def test_a_penalty_counts_drafts_before_a_draft() -> None:
     assert_equal(*both(attention_model(), repetition_penalty=1.4))
 
 
@@ -108,6 +112,7 @@ def test_states_that_cannot_take_a_token_back_are_computed_again(mixers: tuple[M
     assert_equal(*both(model))
 
 
+@pytest.mark.nightly
 def test_short_prompts_have_fewer_drafts_and_the_context_is_used_to_its_end() -> None:
     """A prompt of one token allows one module; the last step may need no draft at all."""
     settings = {"temperature": 0.0, "max_tokens": CONTEXT - 2}
@@ -126,6 +131,7 @@ def test_short_prompts_have_fewer_drafts_and_the_context_is_used_to_its_end() ->
 
 
 # Draws ------------------------------------------------------------------------------------------------------
+@pytest.mark.nightly
 def test_draws_follow_the_distribution_of_the_model() -> None:
     """4,000 continuations of three tokens against the probabilities of all 125, with every setting that
     changes them; without the rejection the drafts' own distribution would be far from it.

@@ -232,6 +232,7 @@ def test_accumulation_changes_nothing() -> None:
     assert_same(trained(num_parts=4))
 
 
+@pytest.mark.nightly
 def test_a_mesh_accumulation_and_recomputation_change_nothing() -> None:
     found = trained(num_parts=2, remat=Remat.FULL, mesh=MeshConfig(data=2, fsdp=2, tensor=2), num_devices=8)
     assert_same(found)
