@@ -55,7 +55,13 @@ COUNTS = {
     "granite4_h_1b": (1_461_538_368, "1.5B"),
     "granite4_h_tiny": (6_939_037_248, "7B"),
     "falcon_h1_0_5b": (521_411_104, "521M"),
+    "qwen3_5_0_8b": (752_393_024, "0.8B"),
+    "qwen3_5_4b": (4_205_751_296, "4B"),
+    "qwen3_next_80b_a3b": (79_674_391_296, "80B"),
+    "olmo_hybrid_7b": (7_430_870_688, "7B"),
+    "recurrentgemma_2b": (2_682_862_080, "2.7B"),
 }
+MIXTURES = ("olmoe_1b_7b", "granite4_h_tiny", "qwen3_next_80b_a3b")
 # Published parameters without the embedding tables.
 NON_EMBEDDING = {
     "qwen2_5_0_5b": 0.36e9,
@@ -79,13 +85,16 @@ def test_published_parameter_counts(name: str) -> None:
     decimals = len(rounded[:-1].partition(".")[2])
     # Papers truncate as often as they round.
     assert abs(exact / unit - float(rounded[:-1])) < 10**-decimals
-    assert (summary.active_parameters == exact) == (name not in ("olmoe_1b_7b", "granite4_h_tiny"))
+    assert (summary.active_parameters == exact) == (name not in MIXTURES)
     if name in NON_EMBEDDING:
         assert exact - summary.embedding_parameters == pytest.approx(NON_EMBEDDING[name], rel=0.015)
 
 
 def test_active_parameters_of_a_mixture() -> None:
     assert describe(RELEASED["olmoe_1b_7b"]()).active_parameters == pytest.approx(1.3e9, rel=0.02)
+    # Published without the embedding tables.
+    summary = describe(RELEASED["qwen3_next_80b_a3b"]())
+    assert summary.active_parameters - summary.embedding_parameters == pytest.approx(3e9, rel=0.1)
 
 
 def mixers(name: str) -> list[AttentionConfig]:
@@ -337,6 +346,35 @@ CONFIGS = {
         "mamba_n_heads": 24,
         "mamba_d_state": 128,
     },
+    "qwen3_5_0_8b": {
+        "model_type": "qwen3_5_text",
+        "tie_word_embeddings": True,
+        "vocab_size": 248_320,
+        **sizes(24, 1024, 8, 2, 3584),
+        "linear_num_value_heads": 16,
+    },
+    "qwen3_5_4b": {
+        "model_type": "qwen3_5_text",
+        "tie_word_embeddings": True,
+        "vocab_size": 248_320,
+        **sizes(32, 2560, 16, 4, 9216),
+    },
+    "qwen3_next_80b_a3b": {
+        "model_type": "qwen3_next",
+        "max_position_embeddings": 262_144,
+        "num_hidden_layers": 48,
+        "num_experts": 512,
+    },
+    "olmo_hybrid_7b": {
+        "model_type": "olmo_hybrid",
+        "vocab_size": 100_352,
+        **sizes(32, 3840, 30, 30, 11_008),
+        "rope_theta": None,
+    },
+    "recurrentgemma_2b": {
+        "model_type": "recurrent_gemma",
+        **sizes(26, 2560, 10, 1, 15_360),
+    },
 }
 
 
@@ -380,6 +418,10 @@ ARCHITECTURES = {
     "lfm2": "Lfm2ForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "falcon_h1": "FalconH1ForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "olmo_hybrid": "OlmoHybridForCausalLM",
+    "recurrent_gemma": "RecurrentGemmaForCausalLM",
 }
 
 

@@ -65,6 +65,11 @@ from slmjax.models.zoo.released_hybrids import (
     mamba2_1_3b,
     mamba2_130m,
     mamba2_370m,
+    olmo_hybrid_7b,
+    qwen3_5_0_8b,
+    qwen3_5_4b,
+    qwen3_next_80b_a3b,
+    recurrentgemma_2b,
 )
 
 RELEASED: Mapping[str, Callable[[], ModelConfig]] = {**RELEASED_ATTENTION, **RELEASED_HYBRIDS}
@@ -133,4 +138,9 @@ __all__ = [
     "smollm3_3b",
     "state_size",
     "tinyllama_1_1b",
+    "olmo_hybrid_7b",
+    "qwen3_5_0_8b",
+    "qwen3_5_4b",
+    "qwen3_next_80b_a3b",
+    "recurrentgemma_2b",
 ]

@@ -5,11 +5,15 @@ As in `released.py`, each function names the page whose config.json it follows.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, stack_of
-from slmjax.models.ffn.mlp import MlpConfig
+from slmjax.models.architecture import BlockConfig, HeadKind, ModelConfig, NormPlacement, stack_of
+from slmjax.models.ffn.mlp import Activation, MlpConfig
 from slmjax.models.ffn.moe import MoeConfig
-from slmjax.models.mixers.attention import AttentionConfig, QkNorm
+from slmjax.models.layers import NormKind
+from slmjax.models.mixers.attention import AttentionConfig, Biases, OutputGate, QkNorm
+from slmjax.models.mixers.delta_net import GatedDeltaNetConfig
+from slmjax.models.mixers.griffin import RgLruConfig
 from slmjax.models.mixers.mamba2 import GatedNorm, Mamba2Config
 from slmjax.models.mixers.parallel import ParallelMixerConfig
 from slmjax.models.mixers.short_convolution import ShortConvolutionConfig
@@ -165,6 +169,99 @@ def falcon_h1_0_5b() -> ModelConfig:
     )
 
 
+# Qwen3-Next and Qwen3.5 -------------------------------------------------------------------------------------
+def qwen3_5_0_8b() -> ModelConfig:
+    """Qwen3.5-0.8B without its vision tower (https://huggingface.co/Qwen/Qwen3.5-0.8B)."""
+    attention = AttentionConfig(num_heads=8, num_kv_heads=2, rope_base=1e7, **QWEN_ATTENTION)
+    delta_net = GatedDeltaNetConfig(num_heads=16, num_value_heads=16, key_dim=128)
+    return _qwen_hybrid(
+        embed_dim=1024, layers=24, attention=attention, delta_net=delta_net, ffn=MlpConfig(hidden_dim=3584)
+    )
+
+
+def qwen3_5_4b() -> ModelConfig:
+    """Qwen3.5-4B without its vision tower (https://huggingface.co/Qwen/Qwen3.5-4B)."""
+    attention = AttentionConfig(num_heads=16, num_kv_heads=4, rope_base=1e7, **QWEN_ATTENTION)
+    return _qwen_hybrid(embed_dim=2560, layers=32, attention=attention, ffn=MlpConfig(hidden_dim=9216))
+
+
+def qwen3_next_80b_a3b() -> ModelConfig:
+    """Qwen3-Next-80B-A3B (https://huggingface.co/Qwen/Qwen3-Next-80B-A3B-Instruct)."""
+    attention = AttentionConfig(num_heads=16, num_kv_heads=2, rope_base=1e7, **QWEN_ATTENTION)
+    ffn = MoeConfig(num_experts=512, num_selected=10, hidden_dim=512, shared_hidden_dim=512, shared_gate=True)
+    config = _qwen_hybrid(embed_dim=2048, layers=48, attention=attention, ffn=ffn)
+    return dataclasses.replace(config, vocab_size=151_936, head=HeadKind.UNTIED)
+
+
+# Rotating a quarter of each head leaves the rest to match contents at any distance.
+QWEN_ATTENTION: Mapping[str, Any] = {
+    "head_dim": 256,
+    "rotary_dim": 64,
+    "qk_norm": QkNorm.PER_HEAD,
+    "output_gate": OutputGate.PER_ELEMENT,
+}
+
+
+def _qwen_hybrid(
+    *,
+    embed_dim: int,
+    layers: int,
+    attention: AttentionConfig,
+    ffn: FfnConfig,
+    delta_net: GatedDeltaNetConfig | None = None,
+) -> ModelConfig:
+    """Return a model with attention in each fourth layer."""
+    recurrent = delta_net or GatedDeltaNetConfig(num_heads=16, num_value_heads=32, key_dim=128)
+    blocks = [BlockConfig(mixer=mixer, ffn=ffn) for mixer in (*(recurrent,) * 3, attention)]
+    return ModelConfig(
+        embed_dim=embed_dim,
+        stack=stack_of(blocks * (layers // 4)),
+        context_length=262_144,
+        vocab_size=248_320,
+        norm_kind=NormKind.CENTERED_RMS,
+    )
+
+
+# OLMo Hybrid ------------------------------------------------------------------------------------------------
+def olmo_hybrid_7b() -> ModelConfig:
+    """OLMo-Hybrid-7B (https://huggingface.co/allenai/Olmo-Hybrid-7B)."""
+    ffn = MlpConfig(hidden_dim=11_008)
+    delta_net = GatedDeltaNetConfig(
+        num_heads=30, key_dim=96, value_dim=192, negative_eigenvalues=True, head_norm_eps=1e-5
+    )
+    attention = AttentionConfig(num_heads=30, rope_base=None, qk_norm=QkNorm.ALL_HEADS)
+    blocks = [BlockConfig(mixer=delta_net, ffn=ffn)] * 3
+    blocks.append(BlockConfig(mixer=attention, ffn=ffn, norm=NormPlacement.POST))
+    return ModelConfig(
+        embed_dim=3840,
+        stack=stack_of(blocks * 8),
+        context_length=65_536,
+        vocab_size=100_352,
+        head=HeadKind.UNTIED,
+    )
+
+
+# RecurrentGemma ---------------------------------------------------------------------------------------------
+def recurrentgemma_2b() -> ModelConfig:
+    """RecurrentGemma-2B (https://huggingface.co/google/recurrentgemma-2b)."""
+    recurrence = RgLruConfig(inner_dim=2560, num_blocks=10, bias=True)
+    attention = AttentionConfig(
+        num_heads=10, num_kv_heads=1, head_dim=256, window=2048, rotary_dim=128, biases=Biases.OUTPUT
+    )
+    ffn = MlpConfig(hidden_dim=7680, activation=Activation.GELU, bias=True)
+    mixers = [attention if layer % 3 == 2 else recurrence for layer in range(26)]
+    return ModelConfig(
+        embed_dim=2560,
+        stack=stack_of([BlockConfig(mixer=mixer, ffn=ffn) for mixer in mixers]),
+        context_length=8192,
+        vocab_size=256_000,
+        norm_kind=NormKind.CENTERED_RMS,
+        # The root of the width, which the library rounds to bfloat16.
+        embed_multiplier=50.5,
+        logit_softcap=30.0,
+    )
+
+
 # By name, families together, small models before large ones.
 RELEASED_HYBRIDS: Mapping[str, Callable[[], ModelConfig]] = {
     build.__name__: build
@@ -179,5 +276,10 @@ RELEASED_HYBRIDS: Mapping[str, Callable[[], ModelConfig]] = {
         granite4_h_1b,
         granite4_h_tiny,
         falcon_h1_0_5b,
+        qwen3_5_0_8b,
+        qwen3_5_4b,
+        qwen3_next_80b_a3b,
+        olmo_hybrid_7b,
+        recurrentgemma_2b,
     )
 }

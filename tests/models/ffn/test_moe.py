@@ -386,7 +386,6 @@ def test_the_gate_of_a_shared_expert_scales_its_output_alone():
     weights = layer.shared_gate.weight[...]
     assert weights.shape == (8, 1)
     graph, state = nnx.split(layer)
-    layer.shared_gate.weight[...] = jnp.zeros_like(weights)
 
     @jax.jit
     def outputs(state):
@@ -394,6 +393,7 @@ def test_the_gate_of_a_shared_expert_scales_its_output_alone():
         return layer(x, segment_ids=segment_ids)[0], layer.shared(x, segment_ids=segment_ids)[0]
 
     y, shared = outputs(state)
+    layer.shared_gate.weight[...] = jnp.zeros_like(weights)
     y_half, _ = outputs(nnx.state(layer))
     gates = 1 / (1 + np.exp(-np.asarray(x) @ np.asarray(weights)))
     expected = (gates - 0.5) * shared * (np.asarray(segment_ids) != 0)[:, :, None]
