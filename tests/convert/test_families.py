@@ -34,6 +34,11 @@ OTHER_NAMES = {
 }
 
 
+# Variants of other cases: each is compiled twice, which takes too long in every run.
+NIGHTLY = ("mamba2_tied", "falcon_h1_normed", "qwen3_5_moe", "qwen3_5_vision", "qwen3_5_moe_vision")
+MARKED_CASES = [pytest.param(case, marks=pytest.mark.nightly) if case in NIGHTLY else case for case in CASES]
+
+
 def decoded_logits(loaded: slmjax.Loaded, ids: np.ndarray) -> np.ndarray:
     """Logits [T, V] of tokens that are fed one at a time."""
     model = loaded.model
@@ -60,14 +65,7 @@ def decoded_logits(loaded: slmjax.Loaded, ids: np.ndarray) -> np.ndarray:
     return np.concatenate(rows)
 
 
-# Variants of other cases: each is compiled twice, which takes too long in every run.
-NIGHTLY = ("mamba2_tied", "falcon_h1_normed")
-
-
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=pytest.mark.nightly if case in NIGHTLY else ()) for case in CASES],
-)
+@pytest.mark.parametrize("case", MARKED_CASES)
 def test_logits_equal_those_of_transformers(case: str, tmp_path: Path) -> None:
     golden = read_golden(case)
     write_model(tmp_path / "theirs", golden["config"], golden["shapes"])

@@ -17,9 +17,8 @@ from slmjax.convert.family import read_settings
 from slmjax.convert.import_export import Target, WeightType, export_model, import_model
 from slmjax.models import zoo
 from slmjax.models.canonical_form import canonical, differences
-from tests.convert.cases import CASES
 from tests.convert.synthetic import write_model
-from tests.convert.test_families import GOLDEN, OTHER_NAMES, read_golden, tiny_tokenizer
+from tests.convert.test_families import GOLDEN, MARKED_CASES, OTHER_NAMES, read_golden, tiny_tokenizer
 
 
 def exported_name(name: str) -> str:
@@ -28,7 +27,7 @@ def exported_name(name: str) -> str:
     return re.sub(r"(layers\.[13]\.)feedforward_layer_norm", r"\1post_attention_layernorm", name)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MARKED_CASES)
 def test_nothing_is_lost_by_import_and_export(case: str, tmp_path: Path) -> None:
     """The same tensors bit for bit, and a configuration that means the same; in the same family."""
     golden = read_golden(case)
