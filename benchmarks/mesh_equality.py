@@ -97,7 +97,7 @@ def make_batch() -> Batch:
 def loss_and_gradient(kind: str, params: dict, buffers: dict, batch: Batch) -> tuple[jax.Array, dict]:
     """Return the objective of a train step, and its gradient."""
     definition = define(MODELS[kind])
-    totals = count_targets(batch)
+    totals = count_targets(batch, definition.config)
 
     def loss(params: dict) -> jax.Array:
         sums, _ = loss_terms(definition, ObjectiveConfig(z_loss=1e-3), params, buffers, batch, key=None)
