@@ -60,10 +60,12 @@ def budget_line(findings: Findings) -> str:
         return f"Budget: no two arms have finished a seed, so their {findings.budget} cannot be compared yet."
     # Derived arms may have no budget of their own.
     means = [arm.budget.mean for arm in findings.arms if arm.budget is not None]
+    # The field is that of the last step, and its value counts them.
+    unit = "steps" if findings.budget == "step" else findings.budget
     if not findings.is_matched:
         low, high = (format_count(mean) for mean in (min(means), max(means)))
-        return f"Budget: NOT matched, {low} to {high} {findings.budget} per run on average."
-    return f"Budget: matched, {format_count(sum(means) / len(means))} {findings.budget} per run on average."
+        return f"Budget: NOT matched, {low} to {high} {unit} per run on average."
+    return f"Budget: matched, {format_count(sum(means) / len(means))} {unit} per run on average."
 
 
 # Tables -----------------------------------------------------------------------------------------------------
