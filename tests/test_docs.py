@@ -29,6 +29,7 @@ from benchmarks import readme_verdicts
 from slmjax import cli
 from slmjax.cli import COMMANDS
 from slmjax.cli.fields import full_names, options_of
+from slmjax.convert.families import HF_FAMILIES
 from slmjax.formats.presets import PRESETS
 from slmjax.testing import check_mixer
 from slmjax.training import Experiment, recipes
@@ -345,8 +346,8 @@ def test_names_in_the_text_exist() -> None:
             importlib.import_module(".".join(part for part in parts if part != "__init__"))
     own = [module for name, module in sys.modules.items() if name.split(".")[0] == "slmjax"]
     classes = {key for module in own for key, value in vars(module).items() if isinstance(value, type)}
-    others = {"MatMulNBits", "ValueError"} | {f"{name}ForCausalLM" for name in ("Llama", "Mistral")}
-    others |= {"AutoTokenizer", "AutoModelForCausalLM"}
+    others = {"MatMulNBits", "ValueError", "AutoTokenizer", "AutoModelForCausalLM"}
+    others |= {family.architecture for family in HF_FAMILIES}
     for name, code in in_backticks():
         for dotted in re.findall(r"(?<![\w./-])(slmjax(?:\.[A-Za-z_]\w*)+)", code):
             if dotted.endswith((".py", ".md")):

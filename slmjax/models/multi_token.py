@@ -1,7 +1,7 @@
 """Modules that predict the tokens after the next one, in training and as drafts in decoding.
 
-    h_0 = decoder(tokens)                                     # at position t: predicts token t + 1
-    h_k = module_k(h_(k-1), embedded token t + k)             # at position t: predicts token t + 1 + k
+- h_0 = decoder(tokens): the state at position t predicts token t + 1
+- h_k = module_k(h_(k-1), embedded token t + k): the state at position t predicts token t + 1 + k
 
 A module is a layer of its own between a projection and a norm; the embedding and the head are those of the
 model (DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 2.2). Each reads what the head reads: hidden

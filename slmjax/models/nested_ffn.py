@@ -3,7 +3,7 @@
     granularity = drawn(config, key)                         # of a step: 0 is the smallest prefix
     params = with_prefixes(params, config, granularity)      # hidden units behind it have no effect
     smaller = sliced_config(config, [0.5, 0.25])             # a dense model, by layer
-    smaller_params[path] = sliced(value, path, config, smaller)
+    smaller_params[name] = sliced(value, name, smaller_shape)
 
 A step trains one granularity, the same in all layers, drawn uniformly from `MlpConfig.nested` and the whole
 layer (Devvrit et al. 2023, https://arxiv.org/abs/2310.07707, section 3.2). Its parameters are not sliced but
