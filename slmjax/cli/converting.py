@@ -74,7 +74,7 @@ def export_command(argv: Sequence[str]) -> int:
 
 
 def slice_command(argv: Sequence[str]) -> int:
-    """Write a smaller model that a model with nested feed-forward layers contains.
+    """Write a smaller model out of nested feed-forward layers.
 
     slmjax slice RUN_OR_MODEL_DIR OUT_DIR --fractions 0.5
     """
