@@ -19,14 +19,13 @@ The accuracy of a trained member at other lengths of examples:
 import dataclasses
 from collections.abc import Sequence
 
-from study_base import SIZES, attention, base
+from study_base import SIZES, attention, base, decoder
 
 from slmjax.models import (
     BlockConfig,
     GatedDeltaNetConfig,
     Mamba2Config,
     MixerConfig,
-    MlpConfig,
     ShortConvolutionConfig,
     stack_of,
 )
@@ -96,11 +95,7 @@ def on_tasks(experiment: Experiment, tasks: Sequence[SyntheticTask]) -> Experime
 
 def study(size: str = "small") -> tuple[Study, ...]:
     """Return three studies of the same arms: on text, on recall and copying, on tracking a state."""
-    start = base(size)
-    mlp = MlpConfig(hidden_dim=SIZES[size].hidden_dim)
-    block = dataclasses.replace(start.model.stack[0].pattern[0], ffn=mlp)
-    group = dataclasses.replace(start.model.stack[0], pattern=(block,), repeats=NUM_LAYERS)
-    start = dataclasses.replace(start, model=dataclasses.replace(start.model, stack=(group,)))
+    start = dataclasses.replace(base(size), model=decoder(size, num_layers=NUM_LAYERS))
     text = Study(
         name=f"hybrids-text-{size}",
         question="Which mixers, and how many layers of attention among them, predict text best?",

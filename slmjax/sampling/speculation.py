@@ -286,7 +286,7 @@ def _draw(
 def _read(
     model: Decoder, rule: Rule, progress: Progress, verdict: Verdict, hidden: Float[Array, "B T D"]
 ) -> Drafting:
-    """Return the modules' states after the new tokens, all of which the model has confirmed.
+    """Return the states of the modules after they have read the verified tokens.
 
     Args:
       hidden: the decoder's at the newest token and the drafts.

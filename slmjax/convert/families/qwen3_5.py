@@ -138,7 +138,7 @@ AROUND = (
 
 
 def with_vision(family: Family, architecture: str) -> Family:
-    """Return the family of models with a vision tower, of which the language model is of `family`."""
+    """Return the family of vision models whose language model belongs to `family`."""
 
     def read(settings: Settings) -> ModelConfig:
         values = settings.take("text_config", {})
